@@ -1,0 +1,218 @@
+//! The messages of the monitor's control socket.
+//!
+//! The socket is a connected `AF_UNIX` `SOCK_SEQPACKET` pair that the launcher
+//! makes; the monitor finds its end at descriptor [`CONTROL_FD`]. One packet is
+//! one message: JSON of [`Versioned`], at most [`MAX_MESSAGE_BYTES`], with the
+//! descriptors it names as `SCM_RIGHTS`. The launcher sends [`Request`]s, the
+//! monitor [`Event`]s. When the launcher's end closes, the monitor ends the VM:
+//! no VM outlives the shim that answers for it.
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::VmConfig;
+
+/// Version of these messages. A receiver refuses any other.
+pub const VERSION: u32 = 1;
+/// Where the monitor finds its end of the control socket.
+pub const CONTROL_FD: i32 = 3;
+/// Longest message in bytes.
+pub const MAX_MESSAGE_BYTES: usize = 64 * 1024;
+/// Most descriptors with one message: below the kernel's `SCM_MAX_FD` (253).
+pub const MAX_DESCRIPTORS: usize = 32;
+
+/// A message with the version of its meaning.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Versioned<T> {
+    /// [`VERSION`] of the sender.
+    pub version: u32,
+    /// The message.
+    pub message: T,
+}
+
+/// What the launcher asks of the monitor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// Boots the VM; the first request, and sent once. Answered by
+    /// [`Event::Started`] or [`Event::Failed`].
+    Boot(Box<VmConfig>),
+    /// Ends the VM at once, without asking the guest. Answered by
+    /// [`Event::Exited`].
+    Stop,
+}
+
+/// What the monitor tells the launcher.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Event {
+    /// The vCPUs run.
+    Started(Timings),
+    /// The guest's agent listens: connections to the guest now complete.
+    GuestReady,
+    /// The VM could not be made. The monitor exits.
+    Failed {
+        /// The whole chain of causes, outermost first.
+        error: String,
+    },
+    /// The VM has ended. The monitor exits.
+    Exited(Exit),
+}
+
+/// Where the time to the first guest instruction went, in microseconds of
+/// `CLOCK_MONOTONIC` since the monitor's `main` began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Timings {
+    /// `KVM_CREATE_VM` was about to be called.
+    pub create_vm_us: u64,
+    /// The first `KVM_RUN` was about to be called.
+    pub first_run_us: u64,
+}
+
+/// How a VM ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Exit {
+    /// Why.
+    pub reason: ExitReason,
+    /// The last lines of the guest's kernel log, oldest first; empty when the
+    /// guest ended in an orderly way or wrote none.
+    pub guest_log: Vec<String>,
+}
+
+/// Why a VM ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum ExitReason {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest reset itself without saying that it panicked.
+    Reset,
+    /// The guest's kernel panicked.
+    GuestPanic,
+    /// A vCPU met a fault while handling a fault.
+    TripleFault,
+    /// KVM could not go on with a vCPU.
+    VcpuFailed {
+        /// What KVM said.
+        error: String,
+    },
+    /// A device lost what it needs on the host, such as its file server.
+    DeviceFailed {
+        /// Which device, as in "file system share".
+        device: String,
+        /// What happened, and what to check.
+        error: String,
+    },
+    /// [`Request::Stop`], or the launcher's end of the socket closed.
+    Stopped,
+}
+
+/// A packet that is not a message.
+#[derive(Debug, Error)]
+pub enum DecodeError {
+    /// Longer than any message.
+    #[error("control message of {bytes} bytes: at most {MAX_MESSAGE_BYTES}")]
+    TooLong {
+        /// Its length.
+        bytes: usize,
+    },
+    /// Not JSON, or not of this shape.
+    #[error("control message cannot be read")]
+    Malformed(#[source] serde_json::Error),
+    /// Of another version.
+    #[error(
+        "control message of version {version}: this build speaks version {VERSION} only; install shim and monitor of one release"
+    )]
+    Version {
+        /// As received.
+        version: u32,
+    },
+}
+
+#[derive(Deserialize)]
+struct VersionOnly {
+    version: u32,
+}
+
+/// Encodes a message for one packet.
+///
+/// # Panics
+/// Never: these types have no state that JSON cannot express.
+pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
+    #[derive(Serialize)]
+    struct Borrowed<'a, T> {
+        version: u32,
+        message: &'a T,
+    }
+    serde_json::to_vec(&Borrowed {
+        version: VERSION,
+        message,
+    })
+    .expect("control messages hold only what JSON can express")
+}
+
+/// Decodes one packet.
+///
+/// # Errors
+/// Too long, of another version, or malformed. The version is looked at first,
+/// so that a mismatch is told as such and not as a malformed message.
+pub fn decode<T: for<'de> Deserialize<'de>>(packet: &[u8]) -> Result<T, DecodeError> {
+    if packet.len() > MAX_MESSAGE_BYTES {
+        return Err(DecodeError::TooLong {
+            bytes: packet.len(),
+        });
+    }
+    let VersionOnly { version } = serde_json::from_slice(packet).map_err(DecodeError::Malformed)?;
+    if version != VERSION {
+        return Err(DecodeError::Version { version });
+    }
+    serde_json::from_slice::<Versioned<T>>(packet)
+        .map(|versioned| versioned.message)
+        .map_err(DecodeError::Malformed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn decode_of_encode_is_the_message() {
+        let event = Event::Exited(Exit {
+            reason: ExitReason::DeviceFailed {
+                device: "file system share".to_owned(),
+                error: "server closed its socket".to_owned(),
+            },
+            guest_log: vec!["last line".to_owned()],
+        });
+        let decoded: Event = decode(&encode(&event)).expect("decodes");
+        assert_eq!(decoded, event);
+    }
+
+    #[test]
+    fn decode_other_version_names_the_version() {
+        let packet = br#"{"version":2,"message":{"something":"new"}}"#;
+        assert!(matches!(
+            decode::<Request>(packet),
+            Err(DecodeError::Version { version: 2 })
+        ));
+    }
+
+    #[test]
+    fn decode_unknown_request_is_malformed() {
+        let packet = br#"{"version":1,"message":"reboot"}"#;
+        assert!(matches!(
+            decode::<Request>(packet),
+            Err(DecodeError::Malformed(_))
+        ));
+    }
+
+    proptest! {
+        #[test]
+        fn decode_any_bytes_never_panics(packet in proptest::collection::vec(any::<u8>(), 0..512)) {
+            let _ = decode::<Request>(&packet);
+        }
+    }
+}

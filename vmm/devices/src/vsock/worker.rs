@@ -1,0 +1,185 @@
+//! The thread between the guest's queues and the host's sockets.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+use vm_memory::GuestMemoryMmap;
+use vmm_virtio::{Activation, ActiveQueue, ChainError, Interrupt, QueueError};
+
+use super::table::Table;
+use crate::event_loop::{Events, Worker};
+
+/// Tokens of the queues; the table's begin with the ports of its connections.
+const RX: u64 = 0;
+const TX: u64 = 1;
+const EVENT: u64 = 2;
+
+/// Packets of the guest taken before the clients get their turn again.
+const PACKETS_AT_A_TIME: usize = 64;
+
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (virtio 1.2 section 5.10.6.7).
+const TRANSPORT_RESET: u32 = 0;
+
+pub(super) struct Service {
+    pub(super) table: Table,
+    pub(super) rx: ActiveQueue,
+    pub(super) tx: ActiveQueue,
+    pub(super) event: ActiveQueue,
+    /// The guest must be told that its connections are gone.
+    pub(super) reset_due: bool,
+    memory: GuestMemoryMmap,
+    interrupt: Arc<dyn Interrupt>,
+}
+
+/// The guest's driver is broken.
+#[derive(Debug, Error)]
+enum Fault {
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+}
+
+impl Service {
+    /// Takes the table unless the driver's queues do not fit. On a failure of
+    /// the host it is lost: the device cannot be started again.
+    pub(super) fn spawn(
+        table: &mut Option<Table>,
+        reset_due: bool,
+        activation: Activation,
+    ) -> io::Result<Worker<Self>> {
+        let Ok([rx, tx, event]) = <[ActiveQueue; 3]>::try_from(activation.queues) else {
+            return Err(io::Error::other(
+                "the driver did not set up all three queues",
+            ));
+        };
+        let table = table
+            .take()
+            .ok_or_else(|| io::Error::other("an earlier start failed"))?;
+        let service = Self {
+            table,
+            rx,
+            tx,
+            event,
+            reset_due,
+            memory: activation.memory,
+            interrupt: activation.interrupt,
+        };
+        Worker::spawn("vsock", service, Self::prepare, Self::serve)
+    }
+
+    fn prepare(&mut self, events: &Events) -> io::Result<()> {
+        events.watch_event(&self.rx.notified, RX)?;
+        events.watch_event(&self.tx.notified, TX)?;
+        events.watch_event(&self.event.notified, EVENT)?;
+        self.table.watch(events)
+    }
+
+    fn serve(&mut self, events: &Events) {
+        loop {
+            let Ok(more) = self.work(events) else {
+                self.interrupt.needs_reset();
+                events.wait_for_stop();
+                return;
+            };
+            let timeout = more.then_some(Duration::ZERO);
+            let (table, rx, tx, event) = (&mut self.table, &self.rx, &self.tx, &self.event);
+            let goes_on = events.wait(timeout, |happened| {
+                // Non-blocking: empties the counter.
+                let _ = match happened.token {
+                    RX => rx.notified.read(),
+                    TX => tx.notified.read(),
+                    EVENT => event.notified.read(),
+                    token => {
+                        table.handle_event(events, token, happened.events);
+                        Ok(0)
+                    }
+                };
+            });
+            if !matches!(goes_on, Ok(true)) {
+                return;
+            }
+        }
+    }
+
+    /// Moves what can be moved without waiting. True when there is more.
+    fn work(&mut self, events: &Events) -> Result<bool, Fault> {
+        self.tell_reset()?;
+        let more_packets = self.take_packets(events)?;
+        let more_room = self.send_packets()?;
+        Ok(more_packets || more_room)
+    }
+
+    /// Guest to host.
+    fn take_packets(&mut self, events: &Events) -> Result<bool, Fault> {
+        let mut taken = 0;
+        let more = loop {
+            // The guest does not take the answers: its packets stay where they
+            // are until it does, which the rx queue will tell.
+            if !self.table.takes_packets() {
+                break false;
+            }
+            if taken == PACKETS_AT_A_TIME {
+                break true;
+            }
+            match self.tx.pop(&self.memory)? {
+                Some(chain) => {
+                    self.table
+                        .handle_packet(events, &self.memory, &chain.readable)?;
+                    self.tx.complete(&self.memory, chain.head, 0)?;
+                    taken += 1;
+                }
+                None if self.tx.listen(&self.memory)? => {}
+                None => break false,
+            }
+        };
+        if taken > 0 {
+            self.tx.signal(&self.memory, self.interrupt.as_ref())?;
+        }
+        Ok(more)
+    }
+
+    /// Host to guest.
+    fn send_packets(&mut self) -> Result<bool, Fault> {
+        let could_not_take = !self.table.takes_packets();
+        let mut sent = 0;
+        while self.table.has_outgoing() && sent < PACKETS_AT_A_TIME {
+            match self.rx.pop(&self.memory)? {
+                Some(chain) => match self.table.fill(&self.memory, &chain.writable)? {
+                    Some(length) => {
+                        self.rx.complete(&self.memory, chain.head, length)?;
+                        sent += 1;
+                    }
+                    None => self.rx.undo_pop(),
+                },
+                None if self.rx.listen(&self.memory)? => {}
+                None => break,
+            }
+        }
+        if sent > 0 {
+            self.rx.signal(&self.memory, self.interrupt.as_ref())?;
+        }
+        let unblocked = could_not_take && self.table.takes_packets();
+        Ok(unblocked || sent == PACKETS_AT_A_TIME)
+    }
+
+    fn tell_reset(&mut self) -> Result<(), Fault> {
+        while self.reset_due {
+            match self.event.pop(&self.memory)? {
+                Some(chain) => {
+                    let event = TRANSPORT_RESET.to_le_bytes();
+                    chain.writable.write_at(&self.memory, 0, &event)?;
+                    self.event
+                        .complete(&self.memory, chain.head, event.len() as u32)?;
+                    self.event.signal(&self.memory, self.interrupt.as_ref())?;
+                    self.reset_due = false;
+                }
+                None if self.event.listen(&self.memory)? => {}
+                None => break,
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,110 @@
+//! What becomes of the guest: told by the vCPU threads and the devices, heard
+//! by the main thread.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Mutex, PoisonError};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use vmm_config::control::ExitReason;
+
+/// Collects what is told. Of reasons to end, the first counts: later ones are
+/// consequences.
+pub struct Lifecycle {
+    state: Mutex<State>,
+    event: EventFd,
+}
+
+/// What has been told so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct State {
+    /// The guest's agent listens.
+    pub guest_ready: bool,
+    /// The guest's kernel says that it panicked; it usually goes on to reset.
+    pub panicked: bool,
+    /// Why the VM has ended, once it has.
+    pub ended: Option<ExitReason>,
+}
+
+impl Lifecycle {
+    /// Nothing told yet.
+    ///
+    /// # Errors
+    /// When the host has no descriptors left.
+    pub fn try_new() -> io::Result<Self> {
+        Ok(Self {
+            state: Mutex::default(),
+            event: EventFd::from_value_and_flags(
+                0,
+                EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC,
+            )?,
+        })
+    }
+
+    /// The guest's agent listens.
+    pub fn report_guest_ready(&self) {
+        self.report(|state| state.guest_ready = true);
+    }
+
+    /// The guest's kernel has panicked and is about to end.
+    pub fn report_panic(&self) {
+        self.report(|state| state.panicked = true);
+    }
+
+    /// The VM has ended for this reason. A reset after a panic is the panic.
+    pub fn report_end(&self, reason: ExitReason) {
+        self.report(|state| {
+            let reason = match reason {
+                ExitReason::Reset if state.panicked => ExitReason::GuestPanic,
+                reason => reason,
+            };
+            state.ended.get_or_insert(reason);
+        });
+    }
+
+    /// What has been told. The event is no longer readable until there is
+    /// more.
+    pub fn state(&self) -> State {
+        // Fails when nothing was told since: the event only says that there is news.
+        let _ = self.event.read();
+        self.state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn report(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner));
+        // Fails only when the counter is full, and then it is readable anyhow.
+        let _ = self.event.write(1);
+    }
+}
+
+/// Readable when there is news.
+impl AsFd for Lifecycle {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn report_end_twice_keeps_the_first() {
+        let lifecycle = Lifecycle::try_new().expect("event");
+        lifecycle.report_end(ExitReason::PowerOff);
+        lifecycle.report_end(ExitReason::TripleFault);
+        assert_eq!(lifecycle.state().ended, Some(ExitReason::PowerOff));
+    }
+
+    #[test]
+    fn report_reset_after_panic_is_the_panic() {
+        let lifecycle = Lifecycle::try_new().expect("event");
+        lifecycle.report_panic();
+        assert_eq!(lifecycle.state().ended, None);
+        lifecycle.report_end(ExitReason::Reset);
+        assert_eq!(lifecycle.state().ended, Some(ExitReason::GuestPanic));
+    }
+}

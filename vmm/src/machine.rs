@@ -1,0 +1,204 @@
+//! The machine: how it is made, and how it ends.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use thiserror::Error;
+use vm_memory::GuestMemoryMmap;
+use vmm_config::control::{Exit, ExitReason, Timings};
+use vmm_config::{ConfigError, VmConfig};
+use vmm_devices::{
+    FileSystem, FileSystemConfig, FileSystemError, Rng, Serial, ServerFailed, Vsock, VsockConfig,
+};
+
+use crate::bus::{Bus, Overlap};
+use crate::control::Descriptors;
+use crate::kvm::{
+    self, KvmError, Routes, Surroundings, Vcpu, VcpuError, VcpuModel, VcpuThreads, Vm, VmError,
+};
+use crate::layout::{
+    ACPI_PM_PORTS, IOAPIC, IOAPIC_SIZE, KEYBOARD_CONTROLLER_PORT, PVPANIC_PORT, SERIAL_GSI,
+    SERIAL_PORTS,
+};
+use crate::lifecycle::Lifecycle;
+use crate::load::{Image, LoadError};
+use crate::log::describe;
+use crate::memory::{self, MemoryError};
+use crate::platform::{KeyboardController, Panics, Power, RoutedIoApic};
+use crate::ramoops;
+use crate::slots::{SlotError, Slots, connect_line};
+
+/// Why a VM cannot be made.
+#[derive(Debug, Error)]
+pub enum BootError {
+    /// The configuration.
+    #[error("the VM's configuration is not valid")]
+    Config(#[from] ConfigError),
+    /// The host's KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel, initramfs, and what they are told.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The VM.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// Two devices at one address.
+    #[error(transparent)]
+    Overlap(#[from] Overlap),
+    /// A device's slot, or its interrupt line.
+    #[error(transparent)]
+    Slot(#[from] SlotError),
+    /// The socket device.
+    #[error("cannot use the vsock listener: it must be a listening Unix stream socket")]
+    Vsock(#[source] io::Error),
+    /// A file system.
+    #[error(transparent)]
+    FileSystem(#[from] FileSystemError),
+}
+
+/// A VM that runs.
+pub struct Machine {
+    vcpus: VcpuThreads,
+    devices: Arc<Surroundings>,
+    memory: GuestMemoryMmap,
+}
+
+impl Machine {
+    /// Makes the VM and starts it. `began` is when the process did.
+    ///
+    /// # Errors
+    /// The first thing that does not work; nothing is left of the VM then.
+    pub fn boot(
+        config: &VmConfig,
+        mut descriptors: Descriptors,
+        lifecycle: &Arc<Lifecycle>,
+        began: Instant,
+    ) -> Result<(Self, Timings), BootError> {
+        config.validate(descriptors.count())?;
+        let mut take = |index| descriptors.take(index);
+
+        // Loading needs guest memory only, so it goes on while KVM makes the machine around it.
+        let memory = memory::map(config.memory)?;
+        let kernel = take(config.boot.kernel).into();
+        let initramfs = config.boot.initramfs.map(&mut take).map(File::from);
+        let loading = Image::try_new(config, kernel, initramfs)?.begin_loading(memory.clone())?;
+
+        let kvm = kvm::open(take(config.kvm))?;
+        let create_vm = began.elapsed();
+        let vm = Vm::create(&kvm, &memory)?;
+        vm.split_irqchip()?;
+        vm.disable_pmu()?;
+
+        let mut ports = Bus::default();
+        ports.attach(
+            "keyboard controller",
+            KEYBOARD_CONTROLLER_PORT..=KEYBOARD_CONTROLLER_PORT,
+            KeyboardController(Arc::clone(lifecycle)),
+        )?;
+        ports.attach("power", ACPI_PM_PORTS, Power(Arc::clone(lifecycle)))?;
+        ports.attach(
+            "panic device",
+            PVPANIC_PORT..=PVPANIC_PORT,
+            Panics(Arc::clone(lifecycle)),
+        )?;
+        if let Some(console) = config.console {
+            let interrupt = connect_line(&vm, "serial console", SERIAL_GSI)?;
+            let serial = Serial::new(interrupt, take(console.output).into());
+            ports.attach("serial console", SERIAL_PORTS, serial)?;
+        }
+
+        let mut mmio = Bus::default();
+        mmio.attach(
+            "I/O APIC",
+            IOAPIC..=IOAPIC + IOAPIC_SIZE - 1,
+            RoutedIoApic::new(Routes::new(vm.clone())),
+        )?;
+        let mut slots = Slots::new(&vm, &memory, &mut mmio);
+        slots.add("entropy device", Box::new(Rng::new()))?;
+        if let Some(vsock) = config.vsock {
+            let lifecycle = Arc::clone(lifecycle);
+            let device = Vsock::try_new(VsockConfig {
+                guest_cid: vsock.guest_cid,
+                listener: take(vsock.listener).into(),
+                ready: Arc::new(move || lifecycle.report_guest_ready()),
+            })
+            .map_err(BootError::Vsock)?;
+            slots.add("socket device", Box::new(device))?;
+        }
+        for share in &config.file_systems {
+            let name = format!("file system {}", share.tag);
+            let device = FileSystem::try_new(FileSystemConfig {
+                tag: share.tag.clone(),
+                socket: take(share.socket).into(),
+                failed: report_failure(name.clone(), lifecycle),
+            })?;
+            slots.add(&name, Box::new(device))?;
+        }
+        slots.leave_rest_empty()?;
+
+        // All vCPUs exist before the first runs: it may start the others at once.
+        let model = VcpuModel::try_new(&kvm, config.vcpus.max)?;
+        let vcpus = (0..config.vcpus.boot)
+            .map(|id| Vcpu::create(&vm, &model, id))
+            .collect::<Result<Vec<_>, _>>()?;
+        let entry = loading.finish()?;
+        vcpus[0].boot_from(entry)?;
+
+        let devices = Arc::new(Surroundings {
+            ports,
+            mmio,
+            lifecycle: Arc::clone(lifecycle),
+        });
+        let (vcpus, first_run) = VcpuThreads::start(vcpus, &devices)?;
+        let timings = Timings {
+            create_vm_us: create_vm.as_micros() as u64,
+            first_run_us: first_run.duration_since(began).as_micros() as u64,
+        };
+        let machine = Self {
+            vcpus,
+            devices,
+            memory,
+        };
+        Ok((machine, timings))
+    }
+
+    /// Ends the VM: stops the vCPUs, resets the devices, and only then reads
+    /// what the guest left behind.
+    pub fn end(self, reason: ExitReason) -> Exit {
+        let Self {
+            vcpus,
+            devices,
+            memory,
+        } = self;
+        drop(vcpus);
+        drop(devices);
+        let guest_log = match reason {
+            ExitReason::PowerOff | ExitReason::Stopped => Vec::new(),
+            _ => ramoops::last_lines(&memory),
+        };
+        Exit { reason, guest_log }
+    }
+}
+
+/// The VM cannot go on without its file server.
+fn report_failure(
+    device: String,
+    lifecycle: &Arc<Lifecycle>,
+) -> Arc<dyn Fn(ServerFailed) + Send + Sync> {
+    let lifecycle = Arc::clone(lifecycle);
+    Arc::new(move |failed| {
+        lifecycle.report_end(ExitReason::DeviceFailed {
+            device: device.clone(),
+            error: describe(&failed),
+        });
+    })
+}
