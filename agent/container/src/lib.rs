@@ -1,0 +1,43 @@
+//! Container creation inside the guest.
+//!
+//! The caller is the agent, PID 1 of the guest and multi-threaded. A container
+//! is therefore made by the agent's own binary, executed again as a
+//! single-threaded *helper* ([`HELPER_ARGUMENT`], [`helper_main`]). The helper
+//! joins the container's cgroup, clones the container's *init* into new
+//! namespaces as its own sibling (so that the init is the agent's child) and
+//! ends. The init builds the root file system, reports and waits; on
+//! [`Container::start`] it executes the user's program.
+//!
+//! Nothing here waits for a child process: the caller reaps every process of
+//! the guest, the helper and each init included. Results travel over a socket,
+//! on which end of file means that the other side is gone.
+//!
+//! What a specification may ask for is decided before anything is made
+//! ([`parse`], [`validate`]); what is not supported is refused by name.
+
+mod cgroup;
+mod container;
+mod control;
+mod create;
+mod helper;
+mod init;
+mod kernel_calls;
+mod namespaces;
+mod process;
+mod program;
+mod rootfs;
+mod seccomp;
+mod spec_support;
+mod sysctl;
+mod terminal;
+
+pub use cgroup::CgroupError;
+pub use container::{Container, SignalError, StartError};
+pub use create::{ContainerStdio, CreateError, CreateOptions, create};
+pub use helper::helper_main;
+pub use spec_support::{ParseError, Unsupported, parse, validate};
+
+/// First argument with which the agent's binary is executed as the helper. Its
+/// `main` must compare `argv[1]` with this before it does anything else (no
+/// thread, no descriptor) and then call [`helper_main`].
+pub const HELPER_ARGUMENT: &str = "container-helper";

@@ -1,0 +1,175 @@
+//! `linux.namespaces`: which are new, which are the pod's.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sched::{CloneFlags, setns};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
+
+use crate::Unsupported;
+use crate::kernel_calls::namespace_type;
+use crate::rootfs::open_below_as;
+
+/// What failed with a namespace.
+#[derive(Debug, thiserror::Error)]
+pub enum NamespaceError {
+    #[error("cannot open namespace {path}")]
+    Open {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("{path} is not a namespace of type {expected}")]
+    Type { path: PathBuf, expected: String },
+    #[error("cannot join namespace {path}")]
+    Join {
+        path: PathBuf,
+        #[source]
+        source: Errno,
+    },
+}
+
+fn namespaces(spec: &Spec) -> &[LinuxNamespace] {
+    spec.linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_deref())
+        .unwrap_or_default()
+}
+
+fn flag(kind: LinuxNamespaceType) -> CloneFlags {
+    match kind {
+        LinuxNamespaceType::Mount => CloneFlags::CLONE_NEWNS,
+        LinuxNamespaceType::Cgroup => CloneFlags::CLONE_NEWCGROUP,
+        LinuxNamespaceType::Uts => CloneFlags::CLONE_NEWUTS,
+        LinuxNamespaceType::Ipc => CloneFlags::CLONE_NEWIPC,
+        LinuxNamespaceType::User => CloneFlags::CLONE_NEWUSER,
+        LinuxNamespaceType::Pid => CloneFlags::CLONE_NEWPID,
+        LinuxNamespaceType::Network => CloneFlags::CLONE_NEWNET,
+        // CLONE_NEWTIME of linux/sched.h, which nix does not name.
+        LinuxNamespaceType::Time => CloneFlags::from_bits_retain(0x80),
+    }
+}
+
+/// As `config.json` spells it.
+fn name(kind: LinuxNamespaceType) -> &'static str {
+    match kind {
+        LinuxNamespaceType::Mount => "mount",
+        LinuxNamespaceType::Cgroup => "cgroup",
+        LinuxNamespaceType::Uts => "uts",
+        LinuxNamespaceType::Ipc => "ipc",
+        LinuxNamespaceType::User => "user",
+        LinuxNamespaceType::Pid => "pid",
+        LinuxNamespaceType::Network => "network",
+        LinuxNamespaceType::Time => "time",
+    }
+}
+
+fn path(namespace: &LinuxNamespace) -> Option<&Path> {
+    let path = namespace.path().as_deref();
+    path.filter(|path| !path.as_os_str().is_empty())
+}
+
+/// What is to be new.
+pub fn new_ones(spec: &Spec) -> CloneFlags {
+    namespaces(spec)
+        .iter()
+        .filter(|namespace| path(namespace).is_none())
+        .fold(CloneFlags::empty(), |flags, namespace| {
+            flags | flag(namespace.typ())
+        })
+}
+
+/// Refuses namespaces that the container would share with the agent, and types
+/// that are not there yet.
+pub fn check(spec: &Spec) -> Result<(), Unsupported> {
+    let refuse = |kind: LinuxNamespaceType, reason: &str| {
+        Err(Unsupported::new(
+            format!("linux.namespaces: {}", name(kind)),
+            reason,
+        ))
+    };
+    let mut seen = CloneFlags::empty();
+    for namespace in namespaces(spec) {
+        let kind = namespace.typ();
+        if seen.contains(flag(kind)) {
+            return refuse(kind, "is named twice");
+        }
+        seen |= flag(kind);
+        match kind {
+            LinuxNamespaceType::User => {
+                return refuse(kind, "user namespaces are not supported yet");
+            }
+            LinuxNamespaceType::Time => {
+                return refuse(kind, "time namespaces are not supported yet");
+            }
+            LinuxNamespaceType::Pid if path(namespace).is_some() => {
+                return refuse(kind, "a shared PID namespace is not supported yet");
+            }
+            LinuxNamespaceType::Mount if path(namespace).is_some() => {
+                return refuse(kind, "a mount namespace cannot be joined");
+            }
+            _ => {}
+        }
+    }
+    for (kind, reason) in [
+        (
+            LinuxNamespaceType::Pid,
+            "a shared PID namespace is not supported yet: ask for one of the container's own",
+        ),
+        (
+            LinuxNamespaceType::Mount,
+            "a container needs a mount namespace of its own",
+        ),
+        (
+            LinuxNamespaceType::Network,
+            "the agent's own is never shared: name a new one or the pod's",
+        ),
+        (
+            LinuxNamespaceType::Ipc,
+            "the agent's own is never shared: name a new one or the pod's",
+        ),
+        (
+            LinuxNamespaceType::Uts,
+            "the agent's own is never shared: name a new one or the pod's",
+        ),
+    ] {
+        if !seen.contains(flag(kind)) {
+            return refuse(kind, reason);
+        }
+    }
+    Ok(())
+}
+
+/// Joins every namespace that is named by a path below `pod_dir`.
+pub fn join(spec: &Spec, pod_dir: &Path) -> Result<(), NamespaceError> {
+    for namespace in namespaces(spec) {
+        if let Some(path) = path(namespace) {
+            let descriptor = open(path, flag(namespace.typ()), pod_dir)?;
+            setns(&descriptor, flag(namespace.typ())).map_err(|source| NamespaceError::Join {
+                path: path.to_owned(),
+                source,
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn open(path: &Path, expected: CloneFlags, pod_dir: &Path) -> Result<OwnedFd, NamespaceError> {
+    let descriptor =
+        open_below_as(&[pod_dir], path, OFlag::O_RDONLY | OFlag::O_NONBLOCK).map_err(|source| {
+            NamespaceError::Open {
+                path: path.to_owned(),
+                source,
+            }
+        })?;
+    match namespace_type(descriptor.as_fd()) {
+        Ok(kind) if kind == expected => Ok(descriptor),
+        _ => Err(NamespaceError::Type {
+            path: path.to_owned(),
+            expected: format!("{expected:?}"),
+        }),
+    }
+}

@@ -1,0 +1,71 @@
+//! `linux.maskedPaths` and `linux.readonlyPaths`. A path that is not there needs neither.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::sys::stat::{SFlag, fstat};
+
+use super::mounts::new_empty_directory;
+use super::{RootfsError, Tree};
+use crate::kernel_calls::{
+    MountAttributes, attach_mount, clone_mount, mount_attr, set_mount_attributes,
+};
+
+const READONLY: MountAttributes = MountAttributes {
+    set: mount_attr::RDONLY,
+    clear: 0,
+    propagation: 0,
+    userns_fd: 0,
+};
+
+/// Covers a directory with an empty one, anything else with the guest's `/dev/null`.
+pub fn mask(tree: &Tree, path: &Path, null: BorrowedFd<'_>) -> Result<(), RootfsError> {
+    cover(tree, path, |target| {
+        let kind = SFlag::from_bits_truncate(fstat(target)?.st_mode) & SFlag::S_IFMT;
+        let mount = if kind == SFlag::S_IFDIR {
+            new_empty_directory()?
+        } else {
+            clone_mount(null, false)?
+        };
+        attach_mount(mount.as_fd(), target)
+    })
+    .map_err(|source| RootfsError::Mask {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Makes a path read-only, with everything mounted below it.
+pub fn make_readonly(tree: &Tree, path: &Path) -> Result<(), RootfsError> {
+    cover(tree, path, |target| {
+        let mount = clone_mount(target, true)?;
+        set_mount_attributes(mount.as_fd(), READONLY, true)?;
+        attach_mount(mount.as_fd(), target)
+    })
+    .map_err(|source| RootfsError::Readonly {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn cover(
+    tree: &Tree,
+    path: &Path,
+    mount: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
+) -> io::Result<()> {
+    match tree.find(path) {
+        Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(()),
+        Err(errno) => Err(errno.into()),
+        Ok(target) => mount(target.as_fd()),
+    }
+}
+
+/// Makes the root file system read-only, but nothing that is mounted in it.
+pub fn make_root_readonly(tree: &Tree) -> Result<(), RootfsError> {
+    set_mount_attributes(tree.as_fd(), READONLY, false).map_err(|source| RootfsError::Readonly {
+        path: "/".into(),
+        source,
+    })
+}

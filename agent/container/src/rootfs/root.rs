@@ -1,0 +1,233 @@
+//! Attaching the root file system, filling it, and entering it.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::Mode;
+use nix::unistd::{chdir, chroot, fchdir, pivot_root};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+use super::mounts::{self, Dev};
+use super::{RootfsError, Sources, Tree, devices, masks, options};
+use crate::kernel_calls::{MountAttributes, attach_mount, set_mount_attributes};
+
+/// The root file system, attached in the container's mount namespace but not yet entered.
+#[derive(Debug)]
+pub struct Root {
+    tree: Tree,
+    sources: Sources,
+}
+
+fn enter_failed(step: &'static str) -> impl Fn(Errno) -> RootfsError {
+    move |errno| RootfsError::Enter {
+        step,
+        source: errno.into(),
+    }
+}
+
+impl Root {
+    /// Attaches the root file system on top of `/`. The caller is in a mount
+    /// namespace of its own; nothing that happens here reaches another.
+    pub fn attach(sources: Sources) -> Result<Self, RootfsError> {
+        let failed = enter_failed("separate the container's mounts from the guest's");
+        let slave = MsFlags::MS_REC | MsFlags::MS_SLAVE;
+        mount(None::<&str>, "/", None::<&str>, slave, None::<&str>).map_err(&failed)?;
+        let directory =
+            open("/", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(failed)?;
+        // The copy that was taken of the share may be shared; the container's is not.
+        let private = MountAttributes {
+            propagation: MsFlags::MS_PRIVATE.bits(),
+            ..MountAttributes::default()
+        };
+        attach_mount(sources.root.as_fd(), directory.as_fd())
+            .and_then(|()| set_mount_attributes(sources.root.as_fd(), private, true))
+            .map_err(|source| RootfsError::Enter {
+                step: "attach the root file system",
+                source,
+            })?;
+        let tree = sources.root.try_clone().map(Tree::new);
+        let tree = tree.map_err(|source| RootfsError::Enter {
+            step: "duplicate a descriptor",
+            source,
+        })?;
+        Ok(Self { tree, sources })
+    }
+
+    /// Makes every mount and device of the validated specification.
+    pub fn fill(&self, spec: &Spec) -> Result<(), RootfsError> {
+        let asked = spec.mounts().as_deref().unwrap_or_default();
+        let dev = Dev::of(asked);
+        if dev == Dev::Missing {
+            mounts::mount_default_dev(&self.tree)?;
+        }
+        let linux = spec.linux().as_ref();
+        let own_cgroup_namespace = linux
+            .and_then(|linux| linux.namespaces().as_ref())
+            .into_iter()
+            .flatten()
+            .any(|namespace| namespace.typ() == LinuxNamespaceType::Cgroup);
+        let cgroup = (!own_cgroup_namespace).then_some(&self.sources.cgroup);
+        for (index, (mount, bind)) in asked.iter().zip(&self.sources.binds).enumerate() {
+            // Validated before anything was made.
+            let Ok(options) = options::parse(index, mount) else {
+                continue;
+            };
+            mounts::mount(&self.tree, mount, &options, bind.as_ref(), cgroup)?;
+        }
+        if dev != Dev::Bound {
+            devices::make(&self.tree, spec)?;
+        }
+        Ok(())
+    }
+
+    /// The place where paths of the container are looked up.
+    pub fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// Masks and write-protects what the specification names, the root at last.
+    pub fn protect(&self, spec: &Spec) -> Result<(), RootfsError> {
+        // The guest's own, which no container can have replaced: this process's
+        // root is still the guest's.
+        let null = open("/dev/null", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
+            .map_err(enter_failed("open /dev/null of the guest"))?;
+        if let Some(linux) = spec.linux() {
+            for path in linux.readonly_paths().iter().flatten() {
+                masks::make_readonly(&self.tree, Path::new(path))?;
+            }
+            for path in linux.masked_paths().iter().flatten() {
+                masks::mask(&self.tree, Path::new(path), null.as_fd())?;
+            }
+        }
+        if spec
+            .root()
+            .as_ref()
+            .and_then(oci_spec::runtime::Root::readonly)
+            == Some(true)
+        {
+            masks::make_root_readonly(&self.tree)?;
+        }
+        Ok(())
+    }
+
+    /// Gives back the descriptor with which [`enter`] goes in; all others close.
+    pub fn into_directory(self) -> OwnedFd {
+        self.sources.root
+    }
+}
+
+/// Makes the attached root file system the process's root and lets go of every other mount.
+pub fn enter(root: &OwnedFd, propagation: Option<(MsFlags, bool)>) -> Result<(), RootfsError> {
+    let failed = enter_failed("enter the root file system");
+    let old = open(
+        "/",
+        OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(&failed)?;
+    fchdir(root).map_err(&failed)?;
+    match pivot_root(".", ".") {
+        Ok(()) => {
+            // The old root now lies over the new one.
+            fchdir(&old).map_err(&failed)?;
+            umount2(".", MntFlags::MNT_DETACH)
+                .map_err(enter_failed("let go of the guest's root file system"))?;
+        }
+        // The kernel cannot move the initramfs away: it stays, emptied of
+        // mounts and covered. `..` and chroot do not lead below the cover;
+        // unmounting the cover does, and takes CAP_SYS_ADMIN.
+        Err(Errno::EINVAL) => {
+            detach_mounts_of_initramfs()?;
+            chroot(".").map_err(&failed)?;
+        }
+        Err(errno) => return Err(failed(errno)),
+    }
+    chdir("/").map_err(failed)?;
+    if let Some((propagation, recursive)) = propagation {
+        let attributes = MountAttributes {
+            propagation: propagation.bits(),
+            ..MountAttributes::default()
+        };
+        set_mount_attributes(root.as_fd(), attributes, recursive).map_err(|source| {
+            RootfsError::Enter {
+                step: "set the root file system's propagation",
+                source,
+            }
+        })?;
+    }
+    Ok(())
+}
+
+/// Unmounts what lies directly below the initial root, trees as a whole.
+fn detach_mounts_of_initramfs() -> Result<(), RootfsError> {
+    let failed = |source: io::Error| RootfsError::Enter {
+        step: "list the guest's mounts",
+        source,
+    };
+    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(failed)?;
+    for target in children_of_root(&mounts) {
+        umount2(target.as_str(), MntFlags::MNT_DETACH)
+            .map_err(enter_failed("let go of the guest's mounts"))?;
+    }
+    Ok(())
+}
+
+/// Mount points below the initial root, last mounted first, but for those on `/`
+/// itself: one of them is the container's root (proc(5), mountinfo: id, parent's
+/// id, device, root, mount point).
+fn children_of_root(mountinfo: &str) -> Vec<String> {
+    let mounts: Vec<(&str, &str, &str)> = mountinfo
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split(' ');
+            Some((fields.next()?, fields.next()?, fields.nth(2)?))
+        })
+        .collect();
+    // Only the initial root is its own parent.
+    let initial = mounts.iter().find(|(id, parent, _)| id == parent);
+    mounts
+        .iter()
+        .rev()
+        .filter(|(id, parent, target)| {
+            *target != "/" && initial.is_some_and(|(root, ..)| parent == root && id != root)
+        })
+        .map(|(_, _, target)| unescape(target))
+        .collect()
+}
+
+/// Undoes the octal escapes of mountinfo (space, tab, newline, backslash).
+fn unescape(text: &str) -> String {
+    [
+        ("\\040", " "),
+        ("\\011", "\t"),
+        ("\\012", "\n"),
+        ("\\134", "\\"),
+    ]
+    .iter()
+    .fold(text.to_owned(), |text, (escape, plain)| {
+        text.replace(escape, plain)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn children_of_root_leaves_the_stacked_root_and_its_mounts() {
+        let mountinfo = "\
+1 1 0:2 / / rw - rootfs rootfs rw
+20 1 0:20 / /proc rw - proc proc rw
+21 1 0:21 / /with\\040space rw - tmpfs t rw
+22 21 0:22 / /with\\040space/below rw - tmpfs t rw
+30 1 0:30 / / rw - virtiofs share rw
+31 30 0:31 / /proc rw - proc proc rw
+";
+        assert_eq!(children_of_root(mountinfo), ["/with space", "/proc"]);
+    }
+}

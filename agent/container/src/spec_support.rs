@@ -1,0 +1,304 @@
+//! What of the OCI runtime specification (1.2, config.md and config-linux.md) is supported.
+//!
+//! Everything that is not is refused here, by its name in `config.json`.
+
+use std::path::{Component, Path};
+
+use oci_spec::runtime::{Hooks, Linux, Process, Spec};
+
+use crate::{cgroup, namespaces, rootfs, seccomp, sysctl};
+
+/// A field, or a value of it, that is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {reason}")]
+pub struct Unsupported {
+    /// Path of the field, as in `config.json`.
+    pub field: String,
+    /// Why, and where it helps what to do instead.
+    pub reason: String,
+}
+
+impl Unsupported {
+    pub(crate) fn new(field: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self {
+            field: field.into(),
+            reason: reason.into(),
+        }
+    }
+}
+
+/// Why a configuration was not understood.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ParseError {
+    /// Not a valid runtime configuration.
+    #[error("the container's configuration is not a valid OCI runtime specification")]
+    Json(#[source] serde_json::Error),
+    /// A field that no supported version of the specification has.
+    #[error(transparent)]
+    Unsupported(#[from] Unsupported),
+}
+
+const NOT_YET: &str = "not supported yet";
+
+/// Reads an OCI runtime configuration.
+///
+/// # Errors
+/// Also for a field that nobody here knows: it may be one of a newer
+/// specification, and skipping it would drop what the caller relies on.
+pub fn parse(json: &[u8]) -> Result<Spec, ParseError> {
+    let mut unknown = None;
+    let mut deserializer = serde_json::Deserializer::from_slice(json);
+    let spec: Spec = serde_ignored::deserialize(&mut deserializer, |path| {
+        unknown.get_or_insert_with(|| path.to_string());
+    })
+    .map_err(ParseError::Json)?;
+    deserializer.end().map_err(ParseError::Json)?;
+    match unknown {
+        Some(field) => Err(Unsupported::new(field.replace(".?", ""), "is not known").into()),
+        None => Ok(spec),
+    }
+}
+
+/// Accepted without effect: there is no such mechanism in the guest, and
+/// clients set them without being asked.
+pub fn warnings(spec: &Spec) -> Vec<String> {
+    let process = spec.process().as_ref();
+    let text = |value: Option<&String>| value.is_some_and(|value| !value.is_empty());
+    let mut warnings: Vec<_> = [
+        (
+            "process.apparmorProfile",
+            process.and_then(|process| process.apparmor_profile().as_ref()),
+        ),
+        (
+            "process.selinuxLabel",
+            process.and_then(|process| process.selinux_label().as_ref()),
+        ),
+        (
+            "linux.mountLabel",
+            spec.linux()
+                .as_ref()
+                .and_then(|linux| linux.mount_label().as_ref()),
+        ),
+    ]
+    .into_iter()
+    .filter(|(_, value)| text(*value))
+    .map(|(field, _)| format!("{field} has no effect in the guest"))
+    .collect();
+    if let Ok(Some(warning)) = rootfs::check_devices(spec) {
+        warnings.push(warning);
+    }
+    warnings
+}
+
+/// The first of `fields` that is set.
+fn refuse_first(
+    fields: impl IntoIterator<Item = (&'static str, bool, &'static str)>,
+) -> Result<(), Unsupported> {
+    match fields.into_iter().find(|(_, set, _)| *set) {
+        Some((field, _, reason)) => Err(Unsupported::new(field, reason)),
+        None => Ok(()),
+    }
+}
+
+/// Checks, before anything is made, that every field of the specification is supported.
+pub fn validate(spec: &Spec) -> Result<(), Unsupported> {
+    if !spec.version().starts_with("1.") {
+        return Err(Unsupported::new(
+            "ociVersion",
+            format!("{:?} is not a version 1 specification", spec.version()),
+        ));
+    }
+    refuse_first([
+        ("solaris", spec.solaris().is_some(), "the guest is Linux"),
+        ("windows", spec.windows().is_some(), "the guest is Linux"),
+        ("zos", spec.zos().is_some(), "the guest is Linux"),
+        (
+            "vm",
+            spec.vm().is_some(),
+            "the VM is configured on the host",
+        ),
+        ("uidMappings", spec.uid_mappings().is_some(), NOT_YET),
+        ("gidMappings", spec.gid_mappings().is_some(), NOT_YET),
+    ])?;
+    let root = spec
+        .root()
+        .as_ref()
+        .ok_or_else(|| Unsupported::new("root", "is missing"))?;
+    absolute("root.path", root.path())?;
+    let process = spec
+        .process()
+        .as_ref()
+        .ok_or_else(|| Unsupported::new("process", "is missing"))?;
+    validate_process(process)?;
+    if let Some(hooks) = spec.hooks() {
+        validate_hooks(hooks)?;
+    }
+    namespaces::check(spec)?;
+    for (index, mount) in spec.mounts().iter().flatten().enumerate() {
+        let field = |name: &str| format!("mounts[{index}].{name}");
+        absolute(&field("destination"), mount.destination())?;
+        let options = rootfs::parse_options(index, mount)?;
+        if matches!(options.kind, rootfs::Kind::Bind { .. }) {
+            absolute(
+                &field("source"),
+                mount.source().as_deref().unwrap_or(Path::new("")),
+            )?;
+        }
+        for (name, mappings) in [
+            ("uidMappings", mount.uid_mappings()),
+            ("gidMappings", mount.gid_mappings()),
+        ] {
+            if mappings.iter().flatten().next().is_some() {
+                return Err(Unsupported::new(field(name), NOT_YET));
+            }
+        }
+    }
+    rootfs::check_devices(spec)?;
+    spec.linux().as_ref().map_or(Ok(()), validate_linux)
+}
+
+fn absolute(field: &str, path: &Path) -> Result<(), Unsupported> {
+    if path.is_absolute() {
+        return Ok(());
+    }
+    Err(Unsupported::new(
+        field,
+        format!("{:?} is not an absolute path", path.display().to_string()),
+    ))
+}
+
+fn validate_process(process: &Process) -> Result<(), Unsupported> {
+    let set = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
+    refuse_first([
+        (
+            "process.args",
+            process.args().iter().flatten().next().is_none(),
+            "is empty: there is no program to run",
+        ),
+        (
+            "process.commandLine",
+            set(process.command_line()),
+            "the guest is Linux: use args",
+        ),
+        (
+            "process.user.username",
+            set(process.user().username()),
+            "the guest is Linux: use uid and gid",
+        ),
+        (
+            "process.ioPriority",
+            process.io_priority().is_some(),
+            NOT_YET,
+        ),
+        ("process.scheduler", process.scheduler().is_some(), NOT_YET),
+        (
+            "process.execCPUAffinity",
+            process.exec_cpu_affinity().is_some(),
+            NOT_YET,
+        ),
+    ])?;
+    absolute("process.cwd", process.cwd())?;
+    match process
+        .oom_score_adj()
+        .filter(|score| !(-1000..=1000).contains(score))
+    {
+        Some(score) => Err(Unsupported::new(
+            "process.oomScoreAdj",
+            format!("{score} is not between -1000 and 1000"),
+        )),
+        None => Ok(()),
+    }
+}
+
+fn validate_hooks(hooks: &Hooks) -> Result<(), Unsupported> {
+    const HOST: &str = "runs on the host, not in the guest";
+    let any = |hooks: &Option<Vec<_>>| hooks.iter().flatten().next().is_some();
+    refuse_first([
+        (
+            "hooks.createContainer",
+            any(hooks.create_container()),
+            NOT_YET,
+        ),
+        (
+            "hooks.startContainer",
+            any(hooks.start_container()),
+            NOT_YET,
+        ),
+        ("hooks.prestart", any(hooks.prestart()), HOST),
+        ("hooks.createRuntime", any(hooks.create_runtime()), HOST),
+        ("hooks.poststart", any(hooks.poststart()), HOST),
+        ("hooks.poststop", any(hooks.poststop()), HOST),
+    ])
+}
+
+fn validate_linux(linux: &Linux) -> Result<(), Unsupported> {
+    refuse_first([
+        (
+            "linux.uidMappings",
+            linux.uid_mappings().iter().flatten().next().is_some(),
+            NOT_YET,
+        ),
+        (
+            "linux.gidMappings",
+            linux.gid_mappings().iter().flatten().next().is_some(),
+            NOT_YET,
+        ),
+        (
+            "linux.netDevices",
+            linux.net_devices().iter().flatten().next().is_some(),
+            "network devices of the host are not in the guest",
+        ),
+        ("linux.intelRdt", linux.intel_rdt().is_some(), NOT_YET),
+        (
+            "linux.memoryPolicy",
+            linux.memory_policy().is_some(),
+            NOT_YET,
+        ),
+        ("linux.personality", linux.personality().is_some(), NOT_YET),
+        (
+            "linux.timeOffsets",
+            linux.time_offsets().iter().flatten().next().is_some(),
+            NOT_YET,
+        ),
+    ])?;
+    if let Some(path) = linux.cgroups_path() {
+        let inside = path
+            .components()
+            .all(|component| matches!(component, Component::Normal(_)));
+        if !inside {
+            return Err(Unsupported::new(
+                "linux.cgroupsPath",
+                format!(
+                    "{} does not lie below the containers' cgroup",
+                    path.display()
+                ),
+            ));
+        }
+    }
+    for key in linux.sysctl().iter().flatten().map(|(key, _)| key) {
+        sysctl::check(key)?;
+    }
+    if let Some(resources) = linux.resources() {
+        cgroup::check_resources(resources)?;
+    }
+    if let Some(profile) = linux.seccomp() {
+        seccomp::check(profile)?;
+    }
+    if let Some(word) = linux
+        .rootfs_propagation()
+        .as_ref()
+        .filter(|word| !word.is_empty())
+    {
+        rootfs::rootfs_propagation(word)?;
+    }
+    for (field, paths) in [
+        ("linux.maskedPaths", linux.masked_paths()),
+        ("linux.readonlyPaths", linux.readonly_paths()),
+    ] {
+        for path in paths.iter().flatten() {
+            absolute(field, Path::new(path))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,128 @@
+//! `linux.sysctl`: only what belongs to a namespace of the container's or the pod's.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Component, Path};
+
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+
+use crate::Unsupported;
+
+/// A setting that the kernel did not take.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot set sysctl {key} to {value:?}")]
+pub struct SysctlError {
+    key: String,
+    value: String,
+    #[source]
+    source: io::Error,
+}
+
+/// Settings of the IPC namespace outside `fs.mqueue`.
+const IPC: [&str; 8] = [
+    "kernel/msgmax",
+    "kernel/msgmnb",
+    "kernel/msgmni",
+    "kernel/sem",
+    "kernel/shmall",
+    "kernel/shmmax",
+    "kernel/shmmni",
+    "kernel/shm_rmid_forced",
+];
+
+/// Path below `/proc/sys`. As in sysctl(8), the first separator tells which one
+/// is meant: `net.ipv4.conf.eth0/1.forwarding` and `net/ipv4/conf/eth0.1/forwarding` are the same.
+fn path_of(key: &str) -> String {
+    if key
+        .find(['.', '/'])
+        .is_some_and(|at| key[at..].starts_with('/'))
+    {
+        return key.to_owned();
+    }
+    key.chars()
+        .map(|c| match c {
+            '.' => '/',
+            '/' => '.',
+            other => other,
+        })
+        .collect()
+}
+
+/// Refuses a setting that would be the whole guest's.
+pub fn check(key: &str) -> Result<(), Unsupported> {
+    let path = path_of(key);
+    let plain = Path::new(&path)
+        .components()
+        .all(|part| matches!(part, Component::Normal(_)));
+    let namespaced = path.starts_with("net/")
+        || path.starts_with("fs/mqueue/")
+        || path == "kernel/domainname"
+        || IPC.contains(&path.as_str());
+    if plain && namespaced {
+        return Ok(());
+    }
+    let reason = if path == "kernel/hostname" {
+        "is set by the field hostname"
+    } else {
+        "does not belong to a network, IPC or UTS namespace"
+    };
+    Err(Unsupported::new(format!("linux.sysctl.{key}"), reason))
+}
+
+/// Sets one value, in the calling process's namespaces, through a procfs of the runtime's own.
+pub fn set(procfs: &OwnedFd, key: &str, value: &str) -> Result<(), SysctlError> {
+    let path = Path::new("sys").join(path_of(key));
+    openat(
+        procfs,
+        &path,
+        OFlag::O_WRONLY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(io::Error::from)
+    .and_then(|file| File::from(file).write_all(value.as_bytes()))
+    .map_err(|source| SysctlError {
+        key: key.to_owned(),
+        value: value.to_owned(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn path_of_either_separator_finds_the_same_file() {
+        assert_eq!(path_of("net.ipv4.ip_forward"), "net/ipv4/ip_forward");
+        assert_eq!(
+            path_of("net.ipv4.conf.eth0/1.forwarding"),
+            path_of("net/ipv4/conf/eth0.1/forwarding")
+        );
+    }
+
+    #[test]
+    fn check_only_settings_of_a_namespace_pass() {
+        for key in [
+            "net.ipv4.ip_unprivileged_port_start",
+            "net/ipv4/conf/eth0.1/forwarding",
+            "fs.mqueue.msg_max",
+            "kernel.shm_rmid_forced",
+            "kernel.domainname",
+        ] {
+            check(key).unwrap();
+        }
+        for key in [
+            "kernel.hostname",
+            "kernel.core_pattern",
+            "vm.overcommit_memory",
+            "fs.file-max",
+            "net/../kernel/core_pattern",
+            "/net/ipv4/ip_forward",
+            "net",
+        ] {
+            assert_eq!(check(key).unwrap_err().field, format!("linux.sysctl.{key}"));
+        }
+    }
+}

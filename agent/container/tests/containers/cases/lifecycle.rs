@@ -1,0 +1,162 @@
+//! Creating, starting, signalling and deleting, above all when it goes wrong.
+
+use std::fs;
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
+
+use agent_container::{CreateError, StartError};
+use serde_json::{Value, json};
+
+use crate::fixture::{Host, read_until, wait};
+
+pub fn create_missing_program(host: &Host) {
+    let mut spec = host.spec("a", &[]);
+    for (program, expected) in [
+        (
+            "no-such",
+            "exec: \"no-such\": executable file not found in $PATH",
+        ),
+        (
+            "/no/such",
+            "exec: \"/no/such\": stat /no/such: no such file or directory",
+        ),
+        (
+            "/proc/version",
+            "exec: \"/proc/version\": permission denied",
+        ),
+    ] {
+        spec["process"]["args"] = json!([program]);
+        assert_eq!(host.create_error("a", &spec), expected);
+    }
+}
+
+pub fn start_unusable_program(host: &Host) {
+    let spec = host.spec("a", &[]);
+    let program = host.share().join("containers/a/rootfs/payload");
+    for (text, expected) in [
+        ("no program at all", "exec /payload: exec format error"),
+        (
+            "#!/no/interpreter\n",
+            "exec /payload: no such file or directory",
+        ),
+    ] {
+        fs::write(&program, text).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let (mut container, _reader) = host.create("a", &spec).unwrap();
+        let error = container.start().unwrap_err();
+        assert_eq!(error.to_string(), expected);
+        assert!(matches!(container.start(), Err(StartError::AlreadyStarted)));
+        assert_eq!(wait(container.pid()).code(), Some(1));
+        container.delete().unwrap();
+    }
+}
+
+pub fn create_failures(host: &Host) {
+    let mut spec = host.spec("a", &["exit 0"]);
+    let good = spec.clone();
+    let mut fails = |pointer: &str, value: Value, expected: &str| {
+        *spec.pointer_mut(pointer).unwrap() = value;
+        let error = host.create_error("a", &spec);
+        assert!(error.contains(expected), "{pointer}: {error}");
+        spec = good.clone();
+        host.assert_clean();
+    };
+    fails(
+        "/root/path",
+        json!("/nowhere"),
+        "cannot open root file system /nowhere",
+    );
+    fails(
+        "/mounts/1/options",
+        json!(["size=nonsense"]),
+        "cannot mount tmpfs at /dev",
+    );
+    fails(
+        "/mounts/1/destination",
+        json!("/payload"),
+        "cannot make mount point /payload",
+    );
+    fails(
+        "/mounts/6/destination",
+        json!("/proc/self"),
+        "it is inside /proc",
+    );
+    fails(
+        "/process/cwd",
+        json!("/payload/x"),
+        "working directory /payload/x",
+    );
+    fails("/process/args", json!(["/pay\u{0}load"]), "");
+    fails(
+        "/linux/resources",
+        json!({"unified": {"no.such": "1"}}),
+        "cannot write \"1\" to",
+    );
+}
+
+pub fn create_taken_cgroup(host: &Host) {
+    let spec = host.spec("a", &["sleep"]);
+    let (mut container, _reader) = host.create("a", &spec).unwrap();
+    container.start().unwrap();
+    match host.create("a", &spec) {
+        Err(CreateError::Cgroup(error)) => assert!(error.to_string().ends_with("exists already")),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(container.pids().unwrap(), [container.pid()]);
+    container.delete().unwrap();
+    assert_eq!(wait(container.pid()).signal(), Some(libc::SIGKILL));
+}
+
+pub fn signal_processes(host: &Host) {
+    let (mut container, mut reader) = host
+        .create("a", &host.spec("a", &["fork-forever 2", "sleep"]))
+        .unwrap();
+    container.start().unwrap();
+    read_until(&mut reader, "forked");
+    assert_eq!(container.pids().unwrap().len(), 3);
+    assert!(container.signal(0).is_ok());
+    assert!(container.signal(9999).is_err());
+    // Nobody's init dies of a signal that it does not handle, but its children do.
+    container.signal_all(libc::SIGTERM).unwrap();
+    container.signal(libc::SIGTERM).unwrap();
+    container.signal_all(libc::SIGKILL).unwrap();
+    assert_eq!(wait(container.pid()).signal(), Some(libc::SIGKILL));
+    assert!(matches!(
+        container.signal(libc::SIGTERM),
+        Err(agent_container::SignalError::Ended { .. })
+    ));
+    container.delete().unwrap();
+    assert!(container.pids().unwrap().is_empty());
+}
+
+pub fn delete_everything(host: &Host) {
+    let mut spec = host.spec("a", &["fork-forever 30", "sleep"]);
+    if host.has_controller("pids") {
+        spec["linux"]["resources"]["pids"] = json!({"limit": 64});
+    }
+    let (mut container, mut reader) = host.create("a", &spec).unwrap();
+    container.start().unwrap();
+    read_until(&mut reader, "forked");
+    container.delete().unwrap();
+    container.delete().unwrap();
+    container.signal_all(libc::SIGKILL).unwrap();
+    container.signal_all(libc::SIGTERM).unwrap();
+    // Every writer is gone.
+    assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+    assert_eq!(wait(container.pid()).signal(), Some(libc::SIGKILL));
+}
+
+pub fn delete_never_started(host: &Host) {
+    let (mut container, mut reader) = host.create("a", &host.spec("a", &["exit 0"])).unwrap();
+    container.delete().unwrap();
+    assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+    let (container, mut reader) = host.create("b", &host.spec("b", &["exit 0"])).unwrap();
+    let pid = container.pid();
+    drop(container);
+    wait(pid);
+    assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+    // Its cgroup outlives a container that was dropped instead of deleted.
+    fs::remove_dir(host.cgroup_root.join("group/b")).unwrap();
+    fs::remove_dir(host.cgroup_root.join("group")).unwrap();
+}

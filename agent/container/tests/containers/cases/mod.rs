@@ -1,0 +1,101 @@
+//! What a user of a container would notice.
+
+mod files;
+mod lifecycle;
+mod process;
+mod resources;
+
+use crate::fixture::Host;
+
+type Case = fn(&Host);
+
+pub const ALL: [(&str, Case); 28] = [
+    ("run_exit_code_is_the_programs", process::run_exit_code),
+    (
+        "run_streams_connect_and_nothing_else_is_open",
+        process::run_streams,
+    ),
+    (
+        "run_namespaces_are_the_containers_own",
+        process::run_namespaces,
+    ),
+    (
+        "run_namespaces_by_path_are_the_pods",
+        process::run_joined_namespaces,
+    ),
+    (
+        "run_identity_limits_and_environment_have_their_effect",
+        process::run_identity,
+    ),
+    (
+        "run_unprivileged_user_has_no_capability_but_ambient",
+        process::run_unprivileged,
+    ),
+    (
+        "run_default_mounts_and_devices_are_there",
+        files::run_default_files,
+    ),
+    (
+        "run_protected_paths_cannot_be_used",
+        files::run_protected_paths,
+    ),
+    (
+        "run_readonly_root_keeps_mounts_writable",
+        files::run_readonly_root,
+    ),
+    ("run_bind_mounts_have_their_flags", files::run_binds),
+    (
+        "run_recursive_readonly_reaches_submounts",
+        files::run_recursive_readonly,
+    ),
+    ("run_hostile_links_stay_inside", files::run_hostile_links),
+    (
+        "run_escape_by_chroot_ends_at_the_containers_root",
+        files::run_escape,
+    ),
+    (
+        "run_seccomp_denies_and_newer_calls_get_enosys",
+        process::run_seccomp,
+    ),
+    (
+        "run_seccomp_without_no_new_privileges_works",
+        process::run_seccomp_privileged,
+    ),
+    ("run_sysctl_is_the_namespaces", process::run_sysctl),
+    ("run_cgroup_is_the_containers_root", resources::run_cgroup),
+    (
+        "run_cgroup_without_namespace_shows_its_own_part",
+        resources::run_cgroup_bind,
+    ),
+    ("run_devices_follow_the_rules", resources::run_devices),
+    (
+        "run_privileged_leaves_out_devices_of_the_host",
+        resources::run_privileged,
+    ),
+    (
+        "run_terminal_is_controlling_and_sized",
+        process::run_terminal,
+    ),
+    (
+        "create_missing_program_says_so",
+        lifecycle::create_missing_program,
+    ),
+    (
+        "start_unusable_program_says_so",
+        lifecycle::start_unusable_program,
+    ),
+    ("create_failures_leave_nothing", lifecycle::create_failures),
+    (
+        "create_taken_cgroup_is_left_alone",
+        lifecycle::create_taken_cgroup,
+    ),
+    ("signal_reaches_init_and_all", lifecycle::signal_processes),
+    (
+        "delete_kills_everything_and_is_idempotent",
+        lifecycle::delete_everything,
+    ),
+    (
+        "delete_never_started_leaves_nothing",
+        lifecycle::delete_never_started,
+    ),
+];

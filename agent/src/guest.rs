@@ -1,0 +1,242 @@
+//! What PID 1 prepares before it listens: the guest's own mounts, cgroups and
+//! limits.
+
+use std::{
+    fs, io,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    mount::{MsFlags, mount},
+    unistd::{chdir, chroot},
+};
+use thiserror::Error;
+
+/// Parent cgroup of every container.
+pub const CONTAINERS_CGROUP: &str = "/sys/fs/cgroup/pod";
+/// The agent's own cgroup, outside the containers' limits.
+const AGENT_CGROUP: &str = "/sys/fs/cgroup/agent";
+/// Memory that containers cannot take from the kernel and the agent.
+const RESERVE_BYTES: u64 = 32 * 1024 * 1024;
+/// What containers may be limited in.
+const CONTROLLERS: [&str; 6] = ["cpu", "cpuset", "hugetlb", "io", "memory", "pids"];
+
+/// What failed while the guest was prepared.
+#[derive(Debug, Error)]
+pub enum GuestError {
+    /// A mount of the guest's own.
+    #[error("cannot mount {fstype} at {target}")]
+    Mount {
+        /// File system type.
+        fstype: &'static str,
+        /// Where.
+        target: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file of the kernel's, or a directory.
+    #[error("cannot prepare {path}")]
+    Prepare {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+struct Mount {
+    fstype: &'static str,
+    target: &'static str,
+    flags: MsFlags,
+    options: &'static str,
+}
+
+const fn quiet() -> MsFlags {
+    MsFlags::MS_NOSUID
+        .union(MsFlags::MS_NODEV)
+        .union(MsFlags::MS_NOEXEC)
+}
+
+const MOUNTS: [Mount; 8] = [
+    Mount {
+        fstype: "proc",
+        target: "/proc",
+        flags: quiet(),
+        options: "",
+    },
+    Mount {
+        fstype: "sysfs",
+        target: "/sys",
+        flags: quiet(),
+        options: "",
+    },
+    Mount {
+        fstype: "devtmpfs",
+        target: "/dev",
+        flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC),
+        options: "mode=0755",
+    },
+    Mount {
+        fstype: "devpts",
+        target: "/dev/pts",
+        flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC),
+        options: "newinstance,ptmxmode=0666,mode=0620",
+    },
+    Mount {
+        fstype: "tmpfs",
+        target: "/run",
+        flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV),
+        options: "mode=0755,size=16m",
+    },
+    Mount {
+        fstype: "cgroup2",
+        target: "/sys/fs/cgroup",
+        flags: quiet(),
+        options: "nsdelegate,memory_recursiveprot",
+    },
+    Mount {
+        fstype: "bpf",
+        target: "/sys/fs/bpf",
+        flags: quiet(),
+        options: "mode=0700",
+    },
+    Mount {
+        fstype: "securityfs",
+        target: "/sys/kernel/security",
+        flags: quiet(),
+        options: "",
+    },
+];
+
+/// Leaves the initramfs for a tmpfs on top of it: a container can only pivot
+/// away from a root that is mounted on another. The agent's own binary stays
+/// in the initramfs, out of every container's sight, and is executed again
+/// through `/proc/self/exe`.
+///
+/// # Errors
+/// When the kernel refuses a step.
+pub fn leave_initramfs() -> Result<(), GuestError> {
+    let target = "/run";
+    let failed = |source| GuestError::Mount {
+        fstype: "tmpfs",
+        target,
+        source,
+    };
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount(
+        Some("root"),
+        target,
+        Some("tmpfs"),
+        flags,
+        Some("mode=0755,size=1m"),
+    )
+    .map_err(|errno| failed(errno.into()))?;
+    chdir(target).map_err(|errno| failed(errno.into()))?;
+    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>)
+        .map_err(|errno| failed(errno.into()))?;
+    chroot(".").map_err(|errno| failed(errno.into()))?;
+    chdir("/").map_err(|errno| failed(errno.into()))
+}
+
+/// Mounts the guest's own file systems, so that `/proc`, `/dev` and `/run`
+/// exist. Nothing may be opened before.
+///
+/// # Errors
+/// The first mount that the kernel refuses.
+pub fn mount_own_file_systems() -> Result<(), GuestError> {
+    for Mount {
+        fstype,
+        target,
+        flags,
+        options,
+    } in MOUNTS
+    {
+        let failed = |source| GuestError::Mount {
+            fstype,
+            target,
+            source,
+        };
+        fs::create_dir_all(target).map_err(failed)?;
+        mount(Some(fstype), target, Some(fstype), flags, Some(options))
+            .map_err(|errno| failed(errno.into()))?;
+    }
+    for (link, target) in [
+        ("/dev/fd", "/proc/self/fd"),
+        ("/dev/stdin", "/proc/self/fd/0"),
+        ("/dev/stdout", "/proc/self/fd/1"),
+        ("/dev/stderr", "/proc/self/fd/2"),
+    ] {
+        symlink(target, link).map_err(|source| GuestError::Prepare {
+            path: link.into(),
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+/// Puts the agent beside the containers' cgroup, keeps it out of reach of the
+/// OOM killer, and bounds what all containers together may take.
+///
+/// # Errors
+/// When the kernel lacks a controller that containers need.
+pub fn prepare_cgroups() -> Result<(), GuestError> {
+    let root = Path::new("/sys/fs/cgroup");
+    for directory in [CONTAINERS_CGROUP, AGENT_CGROUP] {
+        fs::create_dir(directory).map_err(|source| GuestError::Prepare {
+            path: directory.into(),
+            source,
+        })?;
+    }
+    write(Path::new(AGENT_CGROUP).join("cgroup.procs"), "1")?;
+    let enable = CONTROLLERS.map(|name| format!("+{name}")).join(" ");
+    write(root.join("cgroup.subtree_control"), &enable)?;
+    let containers = Path::new(CONTAINERS_CGROUP);
+    write(containers.join("cgroup.subtree_control"), &enable)?;
+    let limit = memory_total_bytes()?.saturating_sub(RESERVE_BYTES);
+    write(containers.join("memory.max"), &limit.to_string())?;
+    write("/proc/self/oom_score_adj", "-1000")
+}
+
+fn memory_total_bytes() -> Result<u64, GuestError> {
+    let path = "/proc/meminfo";
+    let prepared = |source| GuestError::Prepare {
+        path: path.into(),
+        source,
+    };
+    let text = fs::read_to_string(path).map_err(prepared)?;
+    parse_memory_total(&text).ok_or_else(|| prepared(io::ErrorKind::InvalidData.into()))
+}
+
+fn parse_memory_total(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+fn write(path: impl AsRef<Path>, text: &str) -> Result<(), GuestError> {
+    fs::write(&path, text).map_err(|source| GuestError::Prepare {
+        path: path.as_ref().into(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parse_memory_total_line_of_meminfo_is_bytes() {
+        let text = "MemTotal:         500456 kB\nMemFree:          471300 kB\n";
+        assert_eq!(parse_memory_total(text), Some(500_456 * 1024));
+    }
+
+    #[test]
+    fn parse_memory_total_without_the_line_is_none() {
+        assert_eq!(parse_memory_total("MemFree: 1 kB\n"), None);
+    }
+}
