@@ -1,0 +1,26 @@
+//! What the shim does on the host: the pod's directory, cgroup, user ids,
+//! share and network namespace, the jailed processes, and the way back from
+//! all of it.
+//!
+//! [`pod::HostPod`] puts the parts together and writes down each step before
+//! it is taken, so that [`cleanup::cleanup`] can undo whatever a killed shim
+//! leaves behind. Everything here blocks and is meant to be called from
+//! `spawn_blocking`; what can be awaited is handed out as a descriptor that
+//! `AsyncFd` takes (pidfds, the monitor's control socket).
+
+pub mod cgroup;
+pub mod children;
+pub mod cleanup;
+pub mod directory;
+pub mod hooks;
+pub mod install;
+pub mod jail;
+mod mount_attributes;
+pub mod mounts;
+pub mod netns;
+pub mod pod;
+pub mod record;
+pub mod share;
+pub mod stand_in;
+pub mod uid;
+pub mod vm;

@@ -1,0 +1,550 @@
+//! Mounting a container's root file system as containerd describes it.
+//!
+//! Whatever is mounted here is nodev, nosuid and noexec on the host: the guest
+//! gives these things their meaning, the host none. It has these flags before
+//! it is attached, since a flag set later would not reach the file server's
+//! copy of the mount.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nix::sched::{CloneFlags, unshare};
+use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, open};
+use rustix::io::Errno;
+use rustix::mount::{
+    MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, move_mount, open_tree, unmount,
+};
+use thiserror::Error;
+
+use super::mount_attributes;
+
+/// One mount of `CreateTaskRequest.rootfs`, in containerd's terms.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// `overlay`, `bind`, `ext4`, `xfs`, `btrfs`.
+    pub kind: String,
+    /// What is mounted.
+    pub source: String,
+    /// Below the root file system; refused unless empty or `/`.
+    pub target: String,
+    /// `mount(8)` style options.
+    pub options: Vec<String>,
+}
+
+/// Where a root file system comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RootFs {
+    /// To be mounted by us, in this order, one over the other.
+    Mounts(Vec<Mount>),
+    /// Mounted already (no mounts in the request): the absolute `root.path`,
+    /// or `root.path` below the bundle.
+    Premounted(PathBuf),
+}
+
+/// Why a mount was refused or failed.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// A type that Bulkhead does not mount.
+    #[error(
+        "root file system of type {kind:?} is not supported: need overlay, bind, ext4, xfs or btrfs (choose another snapshotter)"
+    )]
+    Kind {
+        /// As in the request.
+        kind: String,
+    },
+    /// An option that Bulkhead does not honour.
+    #[error("root file system mount option {option:?} is not supported: {advice}")]
+    Option {
+        /// As in the request.
+        option: String,
+        /// What to do instead.
+        advice: &'static str,
+    },
+    /// A mount below the root file system.
+    #[error("root file system mount with target {target:?} is not supported: only the root itself")]
+    Target {
+        /// As in the request.
+        target: String,
+    },
+    /// A source that is not what its type needs.
+    #[error("root file system source {path} is not {expected}")]
+    Source {
+        /// As in the request.
+        path: PathBuf,
+        /// As in "a directory".
+        expected: &'static str,
+    },
+    /// Overlay options that the kernel cannot take.
+    #[error(
+        "overlay options of {bytes} bytes: the kernel takes {MAX_OPTIONS_BYTES}, and its layers have too little of their paths in common to shorten them; use an image with fewer layers"
+    )]
+    TooLong {
+        /// Their length after shortening.
+        bytes: usize,
+    },
+    /// The source cannot be opened, or nothing can be mounted.
+    #[error("{operation} {source_path} at {target}")]
+    Io {
+        /// As in "mount overlay".
+        operation: &'static str,
+        /// What.
+        source_path: PathBuf,
+        /// Where.
+        target: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// mount(2) reads one page of options, and its last byte is the NUL.
+const MAX_OPTIONS_BYTES: usize = 4095;
+
+const HARMLESS: MountFlags = MountFlags::NOSUID
+    .union(MountFlags::NODEV)
+    .union(MountFlags::NOEXEC);
+
+/// Mounts a root file system at `target`, an empty directory. On an error
+/// nothing stays mounted.
+pub(super) fn mount_rootfs(rootfs: &RootFs, target: &Path) -> Result<(), Error> {
+    let result = match rootfs {
+        RootFs::Premounted(directory) => bind(directory, target, true, false),
+        RootFs::Mounts(mounts) => mounts.iter().try_for_each(|mount| mount_one(mount, target)),
+    };
+    result.inspect_err(|_| {
+        let _ = unmount_all(target);
+    })
+}
+
+fn mount_one(mount: &Mount, target: &Path) -> Result<(), Error> {
+    if !matches!(mount.target.as_str(), "" | "/") {
+        return Err(Error::Target {
+            target: mount.target.clone(),
+        });
+    }
+    let options = Options::parse(&mount.options)?;
+    match mount.kind.as_str() {
+        "bind" | "rbind" => {
+            let recursive = mount.kind == "rbind" || options.recursive;
+            let read_only = options.flags.contains(MountFlags::RDONLY);
+            if let Some(option) = options.data.first() {
+                return Err(Error::Option {
+                    option: (*option).to_owned(),
+                    advice: "a bind mount takes none of its own",
+                });
+            }
+            bind(Path::new(&mount.source), target, recursive, read_only)
+        }
+        "overlay" => mount_overlay(&options, target),
+        "ext4" | "xfs" | "btrfs" => mount_device(mount, &options, target),
+        kind => Err(Error::Kind {
+            kind: kind.to_owned(),
+        }),
+    }
+}
+
+/// `mount(8)` style options, apart: flags of the kernel, and the rest.
+#[derive(Debug)]
+struct Options<'a> {
+    flags: MountFlags,
+    recursive: bool,
+    data: Vec<&'a str>,
+}
+
+impl<'a> Options<'a> {
+    fn parse(options: &'a [String]) -> Result<Self, Error> {
+        let mut parsed = Self {
+            flags: HARMLESS,
+            recursive: false,
+            data: Vec::new(),
+        };
+        for option in options {
+            parsed.add(option)?;
+        }
+        Ok(parsed)
+    }
+
+    fn add(&mut self, option: &'a str) -> Result<(), Error> {
+        let refuse = |advice| {
+            Err(Error::Option {
+                option: option.to_owned(),
+                advice,
+            })
+        };
+        match option {
+            // Stricter on our side of the share, whatever is asked.
+            "defaults" | "async" | "bind" | "suid" | "dev" | "exec" | "nosuid" | "nodev"
+            | "noexec" => {}
+            "rbind" => self.recursive = true,
+            "ro" => self.flags |= MountFlags::RDONLY,
+            "rw" => self.flags -= MountFlags::RDONLY,
+            "sync" => self.flags |= MountFlags::SYNCHRONOUS,
+            "dirsync" => self.flags |= MountFlags::DIRSYNC,
+            "noatime" => self.flags |= MountFlags::NOATIME,
+            "nodiratime" => self.flags |= MountFlags::NODIRATIME,
+            "relatime" => self.flags |= MountFlags::RELATIME,
+            "strictatime" => self.flags |= MountFlags::STRICTATIME,
+            "loop" => {
+                return refuse(
+                    "give the loop device itself as the source, or use the overlayfs snapshotter",
+                );
+            }
+            _ if option.starts_with("uidmap=") || option.starts_with("gidmap=") => {
+                return refuse("user namespaces of the host end at the VM; drop the id mapping");
+            }
+            _ if option.starts_with("X-containerd.") => {
+                return refuse("containerd must handle it before the shim");
+            }
+            _ if option.contains('\0') => return refuse("it contains a NUL byte"),
+            _ => self.data.push(option),
+        }
+        Ok(())
+    }
+}
+
+/// Attaches a copy of `source`'s tree at `target`.
+pub(super) fn bind(
+    source: &Path,
+    target: &Path,
+    recursive: bool,
+    read_only: bool,
+) -> Result<(), Error> {
+    let failed = |operation| {
+        move |source_error: Errno| Error::Io {
+            operation,
+            source_path: source.to_owned(),
+            target: target.to_owned(),
+            source: source_error.into(),
+        }
+    };
+    let directory = match open(
+        source,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    ) {
+        Err(Errno::NOTDIR) => {
+            return Err(Error::Source {
+                path: source.to_owned(),
+                expected: "a directory",
+            });
+        }
+        other => other.map_err(failed("open"))?,
+    };
+    attach_copy(&directory, target, recursive, read_only).map_err(failed("bind"))
+}
+
+/// Attaches a copy of what `opened` refers to, directory or file, at `target`.
+pub(super) fn attach_copy(
+    opened: &std::os::fd::OwnedFd,
+    target: &Path,
+    recursive: bool,
+    read_only: bool,
+) -> rustix::io::Result<()> {
+    use std::os::fd::AsFd;
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    if recursive {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
+    }
+    let tree = open_tree(opened, "", flags)?;
+    mount_attributes::disarm(tree.as_fd(), read_only)?;
+    move_mount(
+        &tree,
+        "",
+        CWD,
+        target,
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )
+}
+
+fn mount_device(described: &Mount, options: &Options<'_>, target: &Path) -> Result<(), Error> {
+    let source = Path::new(&described.source);
+    let failed = |operation| {
+        move |error: Errno| Error::Io {
+            operation,
+            source_path: source.to_owned(),
+            target: target.to_owned(),
+            source: error.into(),
+        }
+    };
+    let device = open(source, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .and_then(|device| fstat(&device))
+        .map_err(failed("open"))?;
+    if FileType::from_raw_mode(device.st_mode) != FileType::BlockDevice {
+        return Err(Error::Source {
+            path: source.to_owned(),
+            expected: "a block device",
+        });
+    }
+    let data = options.data.join(",");
+    mount_with(source, target, &described.kind, options.flags, &data)
+        .map_err(failed("mount the file system on"))
+}
+
+fn mount_overlay(options: &Options<'_>, target: &Path) -> Result<(), Error> {
+    let failed = |error: Errno| Error::Io {
+        operation: "mount",
+        source_path: PathBuf::from("overlay"),
+        target: target.to_owned(),
+        source: error.into(),
+    };
+    let overlay = Path::new("overlay");
+    let data = options.data.join(",");
+    if data.len() <= MAX_OPTIONS_BYTES {
+        return mount_with(overlay, target, "overlay", options.flags, &data).map_err(failed);
+    }
+    let (directory, data) = shorten(&options.data);
+    if data.len() > MAX_OPTIONS_BYTES {
+        return Err(Error::TooLong { bytes: data.len() });
+    }
+    let flags = options.flags;
+    in_directory(&directory, || {
+        mount_with(overlay, target, "overlay", flags, &data)
+    })
+    .map_err(failed)
+}
+
+fn mount_with(
+    source: &Path,
+    target: &Path,
+    kind: &str,
+    flags: MountFlags,
+    data: &str,
+) -> rustix::io::Result<()> {
+    // Options hold no NUL: Options::add has checked each.
+    let data = std::ffi::CString::new(data).map_err(|_| Errno::INVAL)?;
+    mount(source, target, kind, flags, Some(data.as_c_str()))
+}
+
+/// Overlay options with the lower layers' common directory taken out, which
+/// the mount must then be made from.
+fn shorten(options: &[&str]) -> (PathBuf, String) {
+    let layers = options
+        .iter()
+        .find_map(|option| option.strip_prefix("lowerdir="))
+        .unwrap_or_default();
+    let common = common_directory(layers);
+    let prefix = if common == "/" {
+        "/".to_owned()
+    } else {
+        format!("{common}/")
+    };
+    let relative = |layer: &str| layer.strip_prefix(&prefix).unwrap_or(layer).to_owned();
+    let shortened: Vec<String> = options
+        .iter()
+        .map(|option| match option.strip_prefix("lowerdir=") {
+            Some(layers) => {
+                let layers: Vec<String> = layers.split(':').map(relative).collect();
+                format!("lowerdir={}", layers.join(":"))
+            }
+            None => (*option).to_owned(),
+        })
+        .collect();
+    (PathBuf::from(common), shortened.join(","))
+}
+
+/// The longest directory that all layers lie in; `/` unless all are absolute
+/// and none has an escaped colon, which only whole paths keep apart.
+fn common_directory(layers: &str) -> &str {
+    if layers.contains('\\') || layers.split(':').any(|layer| !layer.starts_with('/')) {
+        return "/";
+    }
+    let parent = |layer: &'_ str| layer.rfind('/').unwrap_or(0);
+    let mut all = layers.split(':');
+    let first = all.next().unwrap_or("/");
+    let mut common = &first[..parent(first)];
+    for layer in all {
+        while !layer
+            .strip_prefix(common)
+            .is_some_and(|rest| rest.len() > 1 && rest.starts_with('/'))
+        {
+            common = &common[..parent(common)];
+        }
+    }
+    if common.is_empty() { "/" } else { common }
+}
+
+/// Runs `work` on a thread whose working directory is `directory`, which the
+/// other threads of this process do not notice.
+fn in_directory(
+    directory: &Path,
+    work: impl FnOnce() -> rustix::io::Result<()> + Send,
+) -> rustix::io::Result<()> {
+    let errno = |error: nix::Error| Errno::from_raw_os_error(error as i32);
+    std::thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_FS).map_err(errno)?;
+            rustix::process::chdir(directory)?;
+            work()
+        });
+        worker.join().unwrap_or(Err(Errno::IO))
+    })
+}
+
+/// Unmounts all that is stacked at `target`, with what is mounted below it.
+/// Succeeds when nothing is.
+///
+/// Only `target` itself is named, never a path inside it: the guest may be
+/// renaming directories there at this moment. What is busy is detached, to go
+/// when its last user does.
+pub(super) fn unmount_all(target: &Path) -> rustix::io::Result<()> {
+    loop {
+        match unmount(target, UnmountFlags::NOFOLLOW) {
+            Ok(()) => {}
+            // Not a mount point, or not there.
+            Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
+            Err(Errno::BUSY) => {
+                tracing::debug!(target = %target.display(), "mount is in use: detaching it");
+                unmount(target, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)?;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::fs;
+
+    /// Puts this test's thread into a mount namespace of its own, with a tmpfs
+    /// that can hold the layers of an overlay.
+    pub(in crate::host) fn private_mounts() -> Option<tempfile::TempDir> {
+        if !rustix::process::geteuid().is_root() || unshare(CloneFlags::CLONE_NEWNS).is_err() {
+            eprintln!("SKIP: needs root and mount namespaces");
+            return None;
+        }
+        let private = rustix::mount::MountPropagationFlags::PRIVATE
+            | rustix::mount::MountPropagationFlags::REC;
+        rustix::mount::mount_change("/", private).expect("makes mounts private");
+        let directory = tempfile::tempdir().expect("directory");
+        mount(
+            "tmpfs",
+            directory.path(),
+            "tmpfs",
+            MountFlags::empty(),
+            None,
+        )
+        .expect("tmpfs");
+        Some(directory)
+    }
+
+    fn overlay(options: &[String]) -> RootFs {
+        RootFs::Mounts(vec![Mount {
+            kind: "overlay".to_owned(),
+            source: "overlay".to_owned(),
+            target: String::new(),
+            options: options.to_vec(),
+        }])
+    }
+
+    fn make(base: &Path, name: &str) -> PathBuf {
+        let path = base.join(name);
+        fs::create_dir_all(&path).expect("makes");
+        path
+    }
+
+    #[test]
+    fn mount_rootfs_of_120_layers_with_long_names_shows_each() {
+        let Some(base) = private_mounts() else { return };
+        let base = base.path();
+        let layers: Vec<String> = (0..120)
+            .map(|n| {
+                let layer = make(base, &format!("snapshots-with-a-long-name/{n}/fs"));
+                fs::write(layer.join(format!("file{n}")), "x").expect("writes");
+                layer.to_str().expect("text").to_owned()
+            })
+            .collect();
+        let (upper, work) = (make(base, "upper"), make(base, "work"));
+        let options = [
+            format!("workdir={}", work.display()),
+            format!("upperdir={}", upper.display()),
+            format!("lowerdir={}", layers.join(":")),
+        ];
+        assert!(options.concat().len() > MAX_OPTIONS_BYTES);
+        let target = make(base, "target");
+        let before = std::env::current_dir().expect("cwd");
+        mount_rootfs(&overlay(&options), &target).expect("mounts");
+        assert_eq!(std::env::current_dir().expect("cwd"), before);
+        assert_eq!(fs::read_dir(&target).expect("lists").count(), 120);
+        fs::write(target.join("new"), "x").expect("writes");
+        assert!(upper.join("new").exists());
+        unmount_all(&target).expect("unmounts");
+        unmount_all(&target).expect("unmounts what is not mounted");
+        assert_eq!(fs::read_dir(&target).expect("lists").count(), 0);
+    }
+
+    #[test]
+    fn mount_rootfs_premounted_takes_submounts_along_without_devices() {
+        let Some(base) = private_mounts() else { return };
+        let base = base.path();
+        let (source, target) = (make(base, "source"), make(base, "target"));
+        let inner = make(&source, "inner");
+        mount("tmpfs", &inner, "tmpfs", MountFlags::empty(), None).expect("tmpfs");
+        fs::write(inner.join("file"), "x").expect("writes");
+        mount_rootfs(&RootFs::Premounted(source), &target).expect("mounts");
+        assert!(target.join("inner/file").exists());
+        let table = fs::read_to_string("/proc/thread-self/mountinfo").expect("table");
+        let copies: Vec<_> = table
+            .lines()
+            .filter(|line| line.contains(target.to_str().expect("text")))
+            .collect();
+        assert_eq!(copies.len(), 2, "{copies:?}");
+        assert!(
+            copies
+                .iter()
+                .all(|line| line.contains("nosuid,nodev,noexec")),
+            "{copies:?}"
+        );
+        unmount_all(&target).expect("unmounts");
+        assert_eq!(fs::read_dir(&target).expect("lists").count(), 0);
+    }
+
+    #[test]
+    fn mount_rootfs_with_what_is_not_supported_names_it() {
+        let refused = |kind: &str, option: &str| {
+            let mount = Mount {
+                kind: kind.to_owned(),
+                source: "/nonexistent".to_owned(),
+                target: String::new(),
+                options: vec![option.to_owned()],
+            };
+            let rootfs = RootFs::Mounts(vec![mount]);
+            mount_rootfs(&rootfs, Path::new("/nonexistent"))
+                .expect_err("is refused")
+                .to_string()
+        };
+        assert!(refused("erofs", "ro").contains("\"erofs\""));
+        assert!(refused("ext4", "loop").contains("\"loop\""));
+        assert!(refused("overlay", "uidmap=0:1:2").contains("\"uidmap=0:1:2\""));
+        assert!(refused("bind", "size=1").contains("\"size=1\""));
+    }
+
+    #[test]
+    fn common_directory_of_layers_with_one_prefix_ends_at_a_component() {
+        assert_eq!(common_directory("/a/10/fs:/a/11/fs"), "/a");
+        assert_eq!(common_directory("/a/1:/a/11"), "/a");
+        assert_eq!(common_directory("/a:/b"), "/");
+        assert_eq!(common_directory("/a:/a"), "/");
+        assert_eq!(common_directory("relative:/a"), "/");
+        assert_eq!(common_directory("/a/x\\:y:/a/z"), "/");
+        assert_eq!(common_directory("/a/b:/a"), "/");
+    }
+
+    proptest! {
+        #[test]
+        fn shorten_of_any_layers_names_the_same_directories(
+            layers in proptest::collection::vec("(/[ab]{1,2}){1,4}", 1..6)
+        ) {
+            let option = format!("lowerdir={}", layers.join(":"));
+            let (directory, short) = shorten(&[&option]);
+            let short = short.strip_prefix("lowerdir=").expect("is kept");
+            let whole: Vec<_> = short.split(':').map(|layer| directory.join(layer)).collect();
+            let expected: Vec<_> = layers.iter().map(PathBuf::from).collect();
+            prop_assert_eq!(whole, expected);
+            prop_assert!(short.split(':').all(|layer| !layer.is_empty()));
+        }
+    }
+}

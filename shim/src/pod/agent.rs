@@ -1,0 +1,301 @@
+//! The agent in the guest, as the shim calls it.
+
+use std::future::Future;
+use std::io::{self, Read};
+use std::time::Duration;
+
+use agent_protocol::api::stream_header::Kind;
+use agent_protocol::api::{
+    AdjustTimeRequest, CreateContainerRequest, CreatePodRequest, DeleteProcessRequest,
+    HelloRequest, ProcessId, ShutdownRequest, SignalProcessRequest, StartProcessRequest, Stdio,
+    StreamHeader, WaitProcessRequest,
+};
+use agent_protocol::service::AgentClient;
+use agent_protocol::{
+    AGENT_PORT, PROTOCOL_VERSION, STREAM_ACCEPTED, STREAM_PORT, StreamHeaderError,
+    encode_stream_header,
+};
+use protobuf::{EnumOrUnknown, MessageField};
+use thiserror::Error;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tracing::info;
+use ttrpc::r#async::Client;
+use ttrpc::r#async::transport::Socket;
+use ttrpc::context::{self, Context};
+
+use super::vsock::{self, Vsock};
+use crate::events::now_ns;
+use crate::task::Exit;
+
+/// Calls that end by themselves. Generous: a guest may be busy, and a
+/// container with many files to write back is.
+const CALL_TIMEOUT: Duration = Duration::from_mins(2);
+/// Bytes of entropy for the guest (`HelloRequest.entropy`).
+const ENTROPY_BYTES: usize = 64;
+
+/// Why the agent did not do what was asked.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// It cannot be reached.
+    #[error(transparent)]
+    Vsock(#[from] vsock::Error),
+    /// The host's generator.
+    #[error("read entropy for the guest")]
+    Entropy(#[source] io::Error),
+    /// It refused or failed; its own words are for the user.
+    #[error("{operation}: {}", message(.answer))]
+    Call {
+        /// As in "create the container".
+        operation: &'static str,
+        /// Its answer, or why there is none.
+        answer: Box<ttrpc::Error>,
+    },
+    /// It speaks another version.
+    #[error(
+        "the guest's agent speaks protocol {theirs}, this shim {PROTOCOL_VERSION}: install both of one release"
+    )]
+    Version {
+        /// As it says.
+        theirs: u32,
+    },
+    /// A stream's header.
+    #[error(transparent)]
+    Header(#[from] StreamHeaderError),
+    /// A stream that breaks before it begins.
+    #[error("open the container's {kind:?} stream")]
+    Stream {
+        /// Which.
+        kind: Kind,
+        /// What happened.
+        #[source]
+        source: io::Error,
+    },
+    /// A stream that the agent does not want.
+    #[error("the guest's agent refused the container's {kind:?} stream")]
+    StreamRefused {
+        /// Which.
+        kind: Kind,
+    },
+}
+
+impl Error {
+    /// The agent's own verdict, if it is one.
+    pub fn code(&self) -> Option<ttrpc::Code> {
+        match self {
+            Self::Call { answer, .. } => match answer.as_ref() {
+                ttrpc::Error::RpcStatus(status) => Some(status.code()),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+}
+
+fn message(error: &ttrpc::Error) -> String {
+    match error {
+        ttrpc::Error::RpcStatus(status) => status.message.clone(),
+        error => error.to_string(),
+    }
+}
+
+/// A connection to the agent. Clones share it.
+#[derive(Clone)]
+pub struct Agent {
+    client: AgentClient,
+    vsock: Vsock,
+}
+
+fn init_of(container_id: &str) -> MessageField<ProcessId> {
+    MessageField::some(ProcessId {
+        container_id: container_id.to_owned(),
+        ..ProcessId::default()
+    })
+}
+
+fn bounded(timeout: Duration) -> Context {
+    context::with_timeout(i64::try_from(timeout.as_nanos()).unwrap_or(i64::MAX))
+}
+
+async fn call<T>(
+    operation: &'static str,
+    answer: impl Future<Output = ttrpc::Result<T>>,
+) -> Result<T, Error> {
+    answer.await.map_err(|error| Error::Call {
+        operation,
+        answer: Box::new(error),
+    })
+}
+
+impl Agent {
+    /// Connects to the agent of a guest that is ready, and gives it time and
+    /// entropy.
+    pub async fn connect(vsock: Vsock) -> Result<Self, Error> {
+        let stream = vsock.connect(AGENT_PORT).await?;
+        let agent = Self {
+            client: AgentClient::new(Client::new(Socket::from(stream))),
+            vsock,
+        };
+        let mut entropy = vec![0; ENTROPY_BYTES];
+        std::fs::File::open("/dev/urandom")
+            .and_then(|mut source| source.read_exact(&mut entropy))
+            .map_err(Error::Entropy)?;
+        let request = HelloRequest {
+            protocol_version: PROTOCOL_VERSION,
+            realtime_ns: now_ns(),
+            entropy,
+            ..HelloRequest::default()
+        };
+        let hello = call(
+            "greet the guest's agent",
+            agent.client.hello(bounded(CALL_TIMEOUT), &request),
+        )
+        .await?;
+        if hello.protocol_version != PROTOCOL_VERSION {
+            return Err(Error::Version {
+                theirs: hello.protocol_version,
+            });
+        }
+        info!(
+            agent = hello.agent_version,
+            kernel = hello.kernel_release,
+            "connected to the guest's agent"
+        );
+        Ok(agent)
+    }
+
+    /// Prepares what the pod's containers share.
+    pub async fn create_pod(&self, request: &CreatePodRequest) -> Result<(), Error> {
+        call(
+            "prepare the pod in the guest",
+            self.client.create_pod(bounded(CALL_TIMEOUT), request),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Creates a container up to the point where its init waits.
+    pub async fn create_container(
+        &self,
+        id: &str,
+        spec_json: Vec<u8>,
+        stdio: Stdio,
+    ) -> Result<(), Error> {
+        let request = CreateContainerRequest {
+            container_id: id.to_owned(),
+            spec_json,
+            stdio: MessageField::some(stdio),
+            ..CreateContainerRequest::default()
+        };
+        call(
+            "create the container in the guest",
+            self.client
+                .create_container(bounded(CALL_TIMEOUT), &request),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Lets a container's init execute the user's program.
+    pub async fn start(&self, id: &str) -> Result<(), Error> {
+        let request = StartProcessRequest {
+            process: init_of(id),
+            ..StartProcessRequest::default()
+        };
+        call(
+            "start the container's program",
+            self.client.start_process(bounded(CALL_TIMEOUT), &request),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Sends a signal to a container's init, or to all its processes.
+    pub async fn signal(&self, id: &str, signal: u32, all: bool) -> Result<(), Error> {
+        let request = SignalProcessRequest {
+            process: init_of(id),
+            signal,
+            all,
+            ..SignalProcessRequest::default()
+        };
+        call(
+            "signal the container",
+            self.client.signal_process(bounded(CALL_TIMEOUT), &request),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Waits for a container's init to end, however long that takes.
+    pub async fn wait(&self, id: &str) -> Result<Exit, Error> {
+        let request = WaitProcessRequest {
+            process: init_of(id),
+            ..WaitProcessRequest::default()
+        };
+        let answer = call(
+            "wait for the container",
+            self.client.wait_process(Context::default(), &request),
+        )
+        .await?;
+        Ok(Exit {
+            status: answer.exit_status,
+            at_ns: answer.exited_at_ns,
+            last_words: None,
+        })
+    }
+
+    /// Ends what is left of a container, writes its files back, unmounts it.
+    pub async fn delete(&self, id: &str) -> Result<(), Error> {
+        let request = DeleteProcessRequest {
+            process: init_of(id),
+            ..DeleteProcessRequest::default()
+        };
+        call(
+            "delete the container in the guest",
+            self.client.delete_process(bounded(CALL_TIMEOUT), &request),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Moves the guest's clock by `adjust_ns` and returns what it showed before.
+    pub async fn adjust_time(&self, adjust_ns: i64, timeout: Duration) -> Result<i64, Error> {
+        let request = AdjustTimeRequest {
+            adjust_ns,
+            ..AdjustTimeRequest::default()
+        };
+        call(
+            "set the guest's clock",
+            self.client.adjust_time(bounded(timeout), &request),
+        )
+        .await
+        .map(|answer| answer.realtime_ns)
+    }
+
+    /// Ends the pod: the guest syncs and powers off.
+    pub async fn shutdown(&self, timeout: Duration) -> Result<(), Error> {
+        call(
+            "shut the guest down",
+            self.client
+                .shutdown(bounded(timeout), &ShutdownRequest::new()),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Opens one stdio stream of a container's init.
+    pub async fn open_stream(&self, id: &str, kind: Kind) -> Result<UnixStream, Error> {
+        let header = encode_stream_header(&StreamHeader {
+            process: init_of(id),
+            kind: EnumOrUnknown::new(kind),
+            ..StreamHeader::default()
+        })?;
+        let mut stream = self.vsock.connect(STREAM_PORT).await?;
+        let failed = |source| Error::Stream { kind, source };
+        stream.write_all(&header).await.map_err(failed)?;
+        match stream.read_u8().await.map_err(failed)? {
+            STREAM_ACCEPTED => Ok(stream),
+            _ => Err(Error::StreamRefused { kind }),
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! What a pod needs of its host. [`HostPod`] does it; tests, which have no VM,
+//! bring another.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use vmm_config::{Memory, Vcpus};
+
+use super::machine::Machine;
+use super::supervise::supervise;
+use crate::bootstrap::socket_path;
+use crate::host::cgroup::CgroupPath;
+use crate::host::directory::{PodLock, PodPaths};
+use crate::host::hooks;
+use crate::host::install::Installation;
+use crate::host::netns::Network;
+use crate::host::pod::{ContainerRequest, Error, ExitRecord, HostPod};
+use crate::host::stand_in::StandIn;
+use crate::host::vm::VmRequest;
+
+/// vCPUs of every pod, until pods are sized by what they ask for.
+pub const VCPUS: Vcpus = Vcpus { boot: 1, max: 1 };
+/// Memory of every pod, until pods are sized by what they ask for.
+pub const MEMORY: Memory = Memory { size_mib: 512 };
+
+/// The host's part of a pod. Everything blocks; errors are the host's own.
+pub trait HostSide: Send + 'static {
+    /// Starts the VM; the guest boots meanwhile. Inside a tokio runtime.
+    fn start_vm(&mut self, vsock_listener: OwnedFd) -> Result<Machine, StartError>;
+    /// [`HostPod::set_network`].
+    fn set_network(&mut self, network: &Network) -> Result<(), Error>;
+    /// [`HostPod::add_container`].
+    fn add_container(&mut self, request: ContainerRequest) -> Result<PathBuf, Error>;
+    /// [`HostPod::add_volume`].
+    fn add_volume(&mut self, source: &Path) -> Result<PathBuf, Error>;
+    /// [`HostPod::start_stand_in`] for a container's init; returns its pid.
+    fn start_stand_in(&mut self, container_id: &str) -> Result<u32, Error>;
+    /// [`HostPod::end_stand_in`] for a container's init.
+    fn end_stand_in(&mut self, container_id: &str) -> Result<(), Error>;
+    /// [`HostPod::run_create_runtime_hooks`].
+    fn run_create_runtime_hooks(&mut self, container_id: &str) -> Result<(), Error>;
+    /// [`HostPod::run_poststart_hooks`].
+    fn run_poststart_hooks(&mut self, container_id: &str) -> Vec<hooks::Error>;
+    /// [`HostPod::record_exit`].
+    fn record_exit(&mut self, container_id: &str, exit: ExitRecord) -> Result<(), Error>;
+    /// [`HostPod::remove_container`].
+    fn remove_container(&mut self, container_id: &str) -> Result<Vec<hooks::Error>, Error>;
+    /// [`HostPod::destroy`].
+    fn destroy(self: Box<Self>) -> Result<Vec<hooks::Error>, Error>;
+}
+
+/// Why there is no VM.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Its files are not installed.
+    #[error(transparent)]
+    Install(#[from] crate::host::install::Error),
+    /// Its processes could not be started.
+    #[error(transparent)]
+    Host(#[from] Error),
+    /// They run but cannot be watched over.
+    #[error("watch over the VM's processes")]
+    Watch(#[source] std::io::Error),
+}
+
+/// Makes the host's part of the pod, once its cgroup is known.
+pub type Maker = Box<dyn FnOnce(CgroupPath) -> Result<Box<dyn HostSide>, StartError> + Send>;
+
+/// The maker of real pods.
+pub fn maker(paths: PodPaths, lock: PodLock) -> Maker {
+    Box::new(move |cgroup| {
+        let installation = Installation::locate()?;
+        let pod = HostPod::create(paths, lock, &cgroup)?;
+        Ok(Box::new(Real {
+            pod,
+            installation,
+            stand_ins: Vec::new(),
+        }))
+    })
+}
+
+struct Real {
+    pod: HostPod,
+    installation: Installation,
+    stand_ins: Vec<(String, StandIn)>,
+}
+
+impl HostSide for Real {
+    fn start_vm(&mut self, vsock_listener: OwnedFd) -> Result<Machine, StartError> {
+        let request = VmRequest {
+            vcpus: VCPUS,
+            memory: MEMORY,
+            command_line: String::new(),
+            vsock_listener,
+            console: None,
+        };
+        let vm = self.pod.start_vm(&self.installation, request)?;
+        supervise(vm).map_err(StartError::Watch)
+    }
+
+    fn set_network(&mut self, network: &Network) -> Result<(), Error> {
+        self.pod.set_network(network)
+    }
+
+    fn add_container(&mut self, request: ContainerRequest) -> Result<PathBuf, Error> {
+        self.pod.add_container(request)
+    }
+
+    fn add_volume(&mut self, source: &Path) -> Result<PathBuf, Error> {
+        self.pod.add_volume(source)
+    }
+
+    fn start_stand_in(&mut self, container_id: &str) -> Result<u32, Error> {
+        let stand_in = self.pod.start_stand_in(container_id, None)?;
+        let pid = stand_in.pid();
+        self.stand_ins.push((container_id.to_owned(), stand_in));
+        Ok(pid)
+    }
+
+    fn end_stand_in(&mut self, container_id: &str) -> Result<(), Error> {
+        match self.stand_ins.iter().find(|(id, _)| id == container_id) {
+            Some((_, stand_in)) => self.pod.end_stand_in(stand_in),
+            None => Ok(()),
+        }
+    }
+
+    fn run_create_runtime_hooks(&mut self, container_id: &str) -> Result<(), Error> {
+        self.pod.run_create_runtime_hooks(container_id)
+    }
+
+    fn run_poststart_hooks(&mut self, container_id: &str) -> Vec<hooks::Error> {
+        self.pod.run_poststart_hooks(container_id)
+    }
+
+    fn record_exit(&mut self, container_id: &str, exit: ExitRecord) -> Result<(), Error> {
+        self.pod.record_exit(container_id, exit)
+    }
+
+    fn remove_container(&mut self, container_id: &str) -> Result<Vec<hooks::Error>, Error> {
+        let removed = self.pod.remove_container(container_id)?;
+        self.stand_ins.retain(|(id, _)| id != container_id);
+        Ok(removed)
+    }
+
+    fn destroy(self: Box<Self>) -> Result<Vec<hooks::Error>, Error> {
+        // While the pod is still ours: once its lock is gone, the name may be
+        // that of a new pod's socket. Gone already is as well.
+        let _ = std::fs::remove_file(socket_path(self.pod.paths()));
+        self.pod.destroy()
+    }
+}

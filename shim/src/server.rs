@@ -1,0 +1,149 @@
+//! The pod's server: what `start` leaves running.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing::{info, warn};
+use ttrpc::r#async::Server;
+use ttrpc::r#async::transport::Listener;
+
+use crate::args::Invocation;
+use crate::bootstrap::socket_path;
+use crate::events::Events;
+use crate::host::children;
+use crate::host::directory::{self, PodLock, PodPaths};
+use crate::log;
+use crate::pod::host_side;
+use crate::service::{Shim, rpc};
+
+/// Threads for what waits; what blocks has threads of its own, which go again.
+const WORKER_THREADS: usize = 2;
+/// How long the last events may take: containerd is about to hang up.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the shim outlives its pod without a word from containerd.
+const LINGER: Duration = Duration::from_secs(30);
+/// How long the last answers may take.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Why there is no server.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The pod's directory.
+    #[error(transparent)]
+    Directory(#[from] directory::Error),
+    /// Something that a server needs of the host.
+    #[error("{operation}")]
+    Io {
+        /// As in "watch for signals".
+        operation: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The library's part.
+    #[error("serve containerd")]
+    Serve(#[source] ttrpc::Error),
+}
+
+fn failed<E: Into<io::Error>>(operation: &'static str) -> impl FnOnce(E) -> Error {
+    move |source| Error::Io {
+        operation,
+        source: source.into(),
+    }
+}
+
+/// Serves until containerd wants the shim to go, and leaves nothing behind.
+/// Standard input is the listening socket, standard output the pod's lock.
+pub fn serve(invocation: &Invocation) -> Result<(), Error> {
+    let inherit = failed("take the inherited descriptors");
+    let (listener, lock) = take_descriptors().map_err(inherit)?;
+    let bundle = invocation
+        .bundle
+        .clone()
+        .unwrap_or_else(|| PathBuf::from("."));
+    log::init(&bundle, invocation.debug);
+    // Out of containerd's session, and the parent of whatever hooks leave.
+    rustix::process::setsid().map_err(failed("begin a session"))?;
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
+        .map_err(failed("become a subreaper"))?;
+    let paths = PodPaths::try_new(&invocation.namespace, &invocation.id)?;
+    let served = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKER_THREADS)
+        .enable_all()
+        .build()
+        .map_err(failed("start a runtime"))?
+        .block_on(run(&paths, listener, PodLock::from_descriptor(lock)));
+    if let Err(error) = &served {
+        tracing::error!("{}", crate::pod::chain(error));
+    }
+    served
+}
+
+/// Moves the descriptors of `start` away from the standard streams, which
+/// become `/dev/null` before any child can inherit them.
+fn take_descriptors() -> io::Result<(UnixListener, OwnedFd)> {
+    let listener = io::stdin().as_fd().try_clone_to_owned()?;
+    let lock = io::stdout().as_fd().try_clone_to_owned()?;
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    rustix::stdio::dup2_stderr(&null)?;
+    Ok((UnixListener::from(listener), lock))
+}
+
+async fn run(paths: &PodPaths, listener: UnixListener, lock: PodLock) -> Result<(), Error> {
+    let watch = |kind| signal(kind).map_err(failed("watch for signals"));
+    let mut terminate = watch(SignalKind::terminate())?;
+    let mut interrupt = watch(SignalKind::interrupt())?;
+    tokio::spawn(reap(watch(SignalKind::child())?));
+
+    let ttrpc_address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
+    let events = Events::start(&ttrpc_address, paths.namespace());
+    let shim = Shim::new(paths.clone(), events, host_side::maker(paths.clone(), lock));
+    let listener = Listener::try_from(listener).map_err(failed("listen"))?;
+    let mut server = Server::new()
+        .add_listener(listener)
+        .register_service(rpc::services(&shim));
+    server.start().await.map_err(Error::Serve)?;
+    info!(pod = paths.id(), "serving");
+
+    tokio::select! {
+        () = shim.done(LINGER) => {}
+        _ = terminate.recv() => shim.terminate().await,
+        _ = interrupt.recv() => shim.terminate().await,
+    }
+    shim.events().flush(FLUSH_TIMEOUT).await;
+    if tokio::time::timeout(CLOSE_TIMEOUT, server.shutdown())
+        .await
+        .is_err()
+    {
+        warn!("containerd still waits for an answer; leaving");
+    }
+    if shim.is_unused().await {
+        remove_directory(paths);
+    }
+    info!(pod = paths.id(), "done");
+    Ok(())
+}
+
+/// Reaps what hooks leave behind, without waiting for it.
+async fn reap(mut ended: Signal) {
+    while ended.recv().await.is_some() {
+        children::reap_orphans();
+    }
+}
+
+/// Removes what `start` made for a pod that never was. Its lock is still ours:
+/// nobody else's socket has that name.
+fn remove_directory(paths: &PodPaths) {
+    let _ = fs::remove_file(socket_path(paths));
+    if let Err(error) = fs::remove_dir(paths.directory()) {
+        warn!("the pod's directory stays: {error}");
+    }
+}

@@ -1,0 +1,382 @@
+//! What the shim does for containerd: the tasks of one pod.
+//!
+//! [`Shim`] is the one implementation; [`rpc`] offers it as task service v2 and
+//! v3.
+
+mod error;
+pub mod rpc;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tracing::{info, warn};
+
+pub use error::Error;
+
+use crate::events::Events;
+use crate::host::directory::{self, PodPaths};
+use crate::pod::container::{Container, Request};
+use crate::pod::host_side::Maker;
+use crate::pod::machine::End;
+use crate::pod::{Pod, chain};
+use crate::spec::{self, GuestSpec, HostView, Membership};
+use crate::task::Exit;
+
+/// A task as containerd knows it.
+#[derive(Debug)]
+pub struct Task {
+    /// What runs, or ran.
+    pub container: Container,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// Its streams, as the client named them.
+    pub io: Io,
+}
+
+/// The strings of a request for standard streams.
+#[derive(Clone, Debug, Default)]
+pub struct Io {
+    /// FIFO of standard input.
+    pub stdin: String,
+    /// FIFO or URI of standard output.
+    pub stdout: String,
+    /// FIFO or URI of standard error.
+    pub stderr: String,
+    /// Whether it has a terminal.
+    pub terminal: bool,
+}
+
+/// A task's name in use.
+#[derive(Clone, Debug)]
+enum Slot {
+    /// Being created.
+    Reserved,
+    Live(Arc<Task>),
+}
+
+/// The pod's VM, over the shim's life.
+enum PodSlot {
+    /// Not yet: the first container brings it up.
+    Before(Maker),
+    Running(Pod),
+    /// Gone, and why.
+    After(String),
+}
+
+/// The tasks of one pod.
+pub struct Shim {
+    paths: PodPaths,
+    events: Events,
+    tasks: Mutex<HashMap<String, Slot>>,
+    /// Held while the pod comes up or goes down.
+    pod: tokio::sync::Mutex<PodSlot>,
+    /// Told when the pod has ended.
+    over: Notify,
+    /// Told when the shim has nothing left to do.
+    done: Notify,
+}
+
+impl Shim {
+    /// A shim for the pod of `paths`, whose host side `make` makes.
+    pub fn new(paths: PodPaths, events: Events, make: Maker) -> Arc<Self> {
+        Arc::new(Self {
+            paths,
+            events,
+            tasks: Mutex::default(),
+            pod: tokio::sync::Mutex::new(PodSlot::Before(make)),
+            over: Notify::new(),
+            done: Notify::new(),
+        })
+    }
+
+    /// Waits until containerd wants the shim to go, or does not say so within
+    /// `linger` of the pod's end: its socket has gone with the pod, and a
+    /// containerd that was restarted meanwhile will not find it.
+    pub async fn done(&self, linger: Duration) {
+        let left_alone = async {
+            self.over.notified().await;
+            tokio::time::sleep(linger).await;
+        };
+        tokio::select! {
+            () = self.done.notified() => {}
+            () = left_alone => info!("nobody asked the shim to shut down; leaving"),
+        }
+    }
+
+    /// Whether there never was a pod: its directory is as `start` made it.
+    pub async fn is_unused(&self) -> bool {
+        matches!(&*self.pod.lock().await, PodSlot::Before(_))
+    }
+
+    /// Its events.
+    pub fn events(&self) -> &Events {
+        &self.events
+    }
+
+    fn tasks(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A task that has been created.
+    pub fn task(&self, id: &str) -> Result<Arc<Task>, Error> {
+        match self.tasks().get(id) {
+            Some(Slot::Live(task)) => Ok(Arc::clone(task)),
+            Some(Slot::Reserved) | None => Err(Error::NoTask { id: id.to_owned() }),
+        }
+    }
+
+    fn live_tasks(&self) -> Vec<Arc<Task>> {
+        let tasks = self.tasks();
+        let live = tasks.values().filter_map(|slot| match slot {
+            Slot::Live(task) => Some(Arc::clone(task)),
+            Slot::Reserved => None,
+        });
+        live.collect()
+    }
+
+    /// The pod, while it runs.
+    async fn running_pod(&self) -> Result<Pod, Error> {
+        match &*self.pod.lock().await {
+            PodSlot::Running(pod) => Ok(pod.clone()),
+            PodSlot::Before(_) => Err(Error::NoPod {
+                id: self.paths.id().to_owned(),
+            }),
+            PodSlot::After(reason) => Err(Error::PodOver {
+                id: self.paths.id().to_owned(),
+                reason: reason.clone(),
+            }),
+        }
+    }
+
+    /// Creates a task: the pod too, if this is its first. `created` is called
+    /// with it before anybody can see it end.
+    pub async fn create(
+        self: &Arc<Self>,
+        request: Request,
+        io: Io,
+        created: impl FnOnce(&Task),
+    ) -> Result<Arc<Task>, Error> {
+        directory::check_id(&request.id).map_err(Error::Id)?;
+        let reservation = Reservation::take(self, &request.id)?;
+        let bundle = request.bundle.clone();
+        match self.create_container(request).await {
+            Ok((pod, container)) => {
+                let task = Arc::new(Task {
+                    container,
+                    bundle,
+                    io,
+                });
+                created(&task);
+                reservation.fulfil(&task);
+                self.watch(&task, &pod);
+                Ok(task)
+            }
+            Err(error) => {
+                drop(reservation);
+                self.close_if_empty(&chain(&error)).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn create_container(
+        self: &Arc<Self>,
+        request: Request,
+    ) -> Result<(Pod, Container), Error> {
+        let spec = spec::read(&request.bundle).map_err(crate::pod::Error::from)?;
+        let sandbox_pid = self
+            .live_tasks()
+            .iter()
+            .find(|task| task.container.is_sandbox())
+            .map(|task| task.container.pid());
+        let (host_view, guest_spec) =
+            GuestSpec::split(spec, &request.id, sandbox_pid).map_err(crate::pod::Error::from)?;
+        let pod = self.pod_for(&request.id, &host_view).await?;
+        let container =
+            Container::create(&pod, request, host_view, guest_spec, self.paths.namespace()).await?;
+        Ok((pod, container))
+    }
+
+    /// The pod that a container is created in.
+    async fn pod_for(self: &Arc<Self>, id: &str, host_view: &HostView) -> Result<Pod, Error> {
+        let pod_id = host_view.membership.pod_id(id);
+        if pod_id != self.paths.id() {
+            return Err(Error::OtherPod {
+                id: id.to_owned(),
+                wanted: pod_id.to_owned(),
+                pod: self.paths.id().to_owned(),
+            });
+        }
+        let is_member = matches!(host_view.membership, Membership::Member { .. });
+        let mut slot = self.pod.lock().await;
+        let make = match &mut *slot {
+            PodSlot::Running(pod) => return Ok(pod.clone()),
+            PodSlot::After(reason) => {
+                return Err(Error::PodOver {
+                    id: self.paths.id().to_owned(),
+                    reason: reason.clone(),
+                });
+            }
+            PodSlot::Before(_) if is_member => {
+                return Err(Error::NoPod {
+                    id: self.paths.id().to_owned(),
+                });
+            }
+            before @ PodSlot::Before(_) => {
+                match std::mem::replace(before, PodSlot::After("it did not start".to_owned())) {
+                    PodSlot::Before(make) => make,
+                    PodSlot::Running(_) | PodSlot::After(_) => unreachable!("matched above"),
+                }
+            }
+        };
+        let pod = Pod::launch(&self.paths, make, host_view).await?;
+        *slot = PodSlot::Running(pod.clone());
+        tokio::spawn(Arc::clone(self).watch_machine(pod.clone()));
+        Ok(pod)
+    }
+
+    fn watch(self: &Arc<Self>, task: &Arc<Task>, pod: &Pod) {
+        let (shim, task, pod) = (Arc::clone(self), Arc::clone(task), pod.clone());
+        tokio::spawn(async move {
+            task.container.watch(&pod, &shim.events).await;
+            // The VM may have ended before the task was there to be told.
+            if let Some(End { reason }) = pod.machine().end() {
+                task.container.lose(&pod, &shim.events, &reason).await;
+            }
+        });
+    }
+
+    /// Tells every task when the VM ends under it.
+    async fn watch_machine(self: Arc<Self>, pod: Pod) {
+        let End { reason } = pod.machine().ended().await;
+        let tasks = self.live_tasks();
+        if !tasks.is_empty() {
+            warn!(reason, "the pod's VM has ended");
+        }
+        for task in tasks {
+            task.container.lose(&pod, &self.events, &reason).await;
+        }
+    }
+
+    /// Lets a task's program run.
+    pub async fn start(&self, id: &str) -> Result<u32, Error> {
+        let task = self.task(id)?;
+        let pod = self.running_pod().await?;
+        task.container.start(&pod, &self.events).await?;
+        Ok(task.container.pid())
+    }
+
+    /// Signals a task.
+    pub async fn kill(&self, id: &str, signal: u32, all: bool) -> Result<(), Error> {
+        let task = self.task(id)?;
+        let pod = self.running_pod().await?;
+        task.container
+            .signal(&pod, &self.events, signal, all)
+            .await?;
+        Ok(())
+    }
+
+    /// Deletes a task that does not run; with the pod's last task goes the pod.
+    /// `deleted` is called when everything of it is gone.
+    pub async fn delete(&self, id: &str, deleted: impl FnOnce(&Task, &Exit)) -> Result<(), Error> {
+        let task = self.task(id)?;
+        task.container.life().begin_delete().map_err(Error::State)?;
+        let removed = async {
+            let pod = self.running_pod().await?;
+            Ok(task.container.remove(&pod, &self.events).await?)
+        };
+        let exit = match removed.await {
+            Ok(exit) => exit,
+            Err(error) => {
+                task.container.life().delete_failed();
+                return Err(error);
+            }
+        };
+        self.tasks().remove(id);
+        self.close_if_empty("its last container was deleted").await;
+        deleted(&task, &exit);
+        Ok(())
+    }
+
+    /// Takes the pod down once it has no task, nor one in the making.
+    async fn close_if_empty(&self, reason: &str) {
+        let mut slot = self.pod.lock().await;
+        if !self.tasks().is_empty() {
+            return;
+        }
+        if let PodSlot::Running(pod) = &*slot {
+            pod.close().await;
+            *slot = PodSlot::After(reason.to_owned());
+            self.over.notify_one();
+        }
+    }
+
+    /// containerd has no more use for the shim: true if that ends it.
+    pub async fn shutdown(&self) -> bool {
+        if !self.tasks().is_empty() {
+            return false;
+        }
+        self.close_if_empty("the shim was shut down").await;
+        self.done.notify_one();
+        true
+    }
+
+    /// Ends everything at once, for SIGTERM.
+    pub async fn terminate(&self) {
+        info!("terminating with everything in the pod");
+        if let Ok(pod) = self.running_pod().await {
+            pod.machine().stop("the shim was terminated");
+            pod.machine().ended().await;
+            for task in self.live_tasks() {
+                task.container
+                    .lose(&pod, &self.events, "the shim was terminated")
+                    .await;
+            }
+            pod.close().await;
+        }
+        self.done.notify_one();
+    }
+}
+
+/// An id that nobody else can create while it is held.
+struct Reservation<'a> {
+    shim: &'a Shim,
+    id: String,
+}
+
+impl<'a> Reservation<'a> {
+    fn take(shim: &'a Shim, id: &str) -> Result<Self, Error> {
+        use std::collections::hash_map::Entry;
+        match shim.tasks().entry(id.to_owned()) {
+            Entry::Occupied(_) => Err(Error::Exists { id: id.to_owned() }),
+            Entry::Vacant(entry) => {
+                entry.insert(Slot::Reserved);
+                Ok(Self {
+                    shim,
+                    id: id.to_owned(),
+                })
+            }
+        }
+    }
+
+    fn fulfil(self, task: &Arc<Task>) {
+        self.shim
+            .tasks()
+            .insert(self.id.clone(), Slot::Live(Arc::clone(task)));
+    }
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        let mut tasks = self.shim.tasks();
+        if matches!(tasks.get(&self.id), Some(Slot::Reserved)) {
+            tasks.remove(&self.id);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

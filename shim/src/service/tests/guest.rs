@@ -1,0 +1,330 @@
+//! A guest without a VM: an agent behind the socket that a monitor would
+//! serve, whose containers are a few lines of async code.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use agent_protocol::api::{
+    AdjustTimeRequest, AdjustTimeResponse, CreateContainerRequest, CreateContainerResponse,
+    CreatePodRequest, CreatePodResponse, DeleteProcessRequest, DeleteProcessResponse, HelloRequest,
+    HelloResponse, ShutdownRequest, ShutdownResponse, SignalProcessRequest, SignalProcessResponse,
+    StartProcessRequest, StartProcessResponse, WaitProcessRequest, WaitProcessResponse,
+    stream_header::Kind,
+};
+use agent_protocol::service::{Agent, create_agent};
+use agent_protocol::{
+    AGENT_PORT, PROTOCOL_VERSION, STREAM_ACCEPTED, STREAM_PORT, decode_stream_header,
+};
+use async_trait::async_trait;
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, copy_bidirectional};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
+use ttrpc::r#async::{Server, TtrpcContext};
+
+use crate::events::now_ns;
+use crate::pod::machine::{End, State, Watcher};
+
+type Streams = HashMap<(String, i32), UnixStream>;
+
+struct Program {
+    arguments: Vec<String>,
+    status: watch::Sender<Option<u32>>,
+}
+
+/// What the agent was told, and what runs.
+pub struct Guest {
+    streams: Mutex<Streams>,
+    programs: Mutex<HashMap<String, Arc<Program>>>,
+    pub specs: Mutex<HashMap<String, Value>>,
+    pub pod: Mutex<Option<CreatePodRequest>>,
+    pub vm: Mutex<Option<watch::Sender<State>>>,
+}
+
+impl Guest {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            streams: Mutex::default(),
+            programs: Mutex::default(),
+            specs: Mutex::default(),
+            pod: Mutex::default(),
+            vm: Mutex::default(),
+        })
+    }
+
+    /// Boots on the monitor's listener.
+    pub fn boot(self: &Arc<Self>, listener: OwnedFd, watcher: Watcher, directory: PathBuf) {
+        let Watcher { state, mut stop } = watcher;
+        *self.vm.lock().expect("unpoisoned") = Some(state);
+        let guest = Arc::clone(self);
+        let stopped = Arc::clone(self);
+        tokio::spawn(async move {
+            while let Some(reason) = stop.recv().await {
+                stopped.die(&reason);
+            }
+        });
+        tokio::spawn(async move {
+            let agent_socket = directory.join("agent.sock");
+            let mut server = Server::new()
+                .bind(&format!("unix://{}", agent_socket.display()))
+                .expect("binds")
+                .register_service(create_agent(Arc::new(Rpc(Arc::clone(&guest)))));
+            server.start().await.expect("serves");
+            let listener = std::os::unix::net::UnixListener::from(listener);
+            listener.set_nonblocking(true).expect("is a socket");
+            let listener = UnixListener::from_std(listener).expect("registers");
+            if let Some(state) = &*guest.vm.lock().expect("unpoisoned") {
+                state.send_if_modified(|state| {
+                    let booting = *state == State::Booting;
+                    if booting {
+                        *state = State::Ready;
+                    }
+                    booting
+                });
+            }
+            while let Ok((stream, _)) = listener.accept().await {
+                let (guest, agent_socket) = (Arc::clone(&guest), agent_socket.clone());
+                tokio::spawn(async move { guest.serve(stream, agent_socket).await });
+            }
+        });
+    }
+
+    /// The VM ends, and with it every stream.
+    pub fn die(&self, reason: &str) {
+        self.streams.lock().expect("unpoisoned").clear();
+        if let Some(state) = self.vm.lock().expect("unpoisoned").take() {
+            state.send_replace(State::Ended(End {
+                reason: reason.to_owned(),
+            }));
+        }
+    }
+
+    async fn serve(&self, stream: UnixStream, agent_socket: PathBuf) {
+        let mut stream = BufReader::new(stream);
+        let mut line = String::new();
+        stream.read_line(&mut line).await.expect("reads");
+        let port: u32 = line
+            .trim()
+            .strip_prefix("CONNECT ")
+            .expect("a port")
+            .parse()
+            .expect("a number");
+        stream
+            .write_all(format!("OK {port}\n").as_bytes())
+            .await
+            .expect("writes");
+        assert!(stream.buffer().is_empty());
+        let mut stream = stream.into_inner();
+        match port {
+            AGENT_PORT => {
+                let mut agent = UnixStream::connect(agent_socket).await.expect("connects");
+                let _ = copy_bidirectional(&mut stream, &mut agent).await;
+            }
+            STREAM_PORT => {
+                let length = stream.read_u16().await.expect("reads");
+                let mut header = vec![0; usize::from(length)];
+                stream.read_exact(&mut header).await.expect("reads");
+                let header = decode_stream_header(&header).expect("is a header");
+                stream.write_u8(STREAM_ACCEPTED).await.expect("writes");
+                let key = (header.process.container_id.clone(), header.kind.value());
+                self.streams.lock().expect("unpoisoned").insert(key, stream);
+            }
+            port => panic!("nobody listens on port {port}"),
+        }
+    }
+
+    fn stream(&self, id: &str, kind: Kind) -> Option<UnixStream> {
+        self.streams
+            .lock()
+            .expect("unpoisoned")
+            .remove(&(id.to_owned(), kind as i32))
+    }
+
+    fn program(&self, id: &str) -> ttrpc::Result<Arc<Program>> {
+        let programs = self.programs.lock().expect("unpoisoned");
+        programs
+            .get(id)
+            .cloned()
+            .ok_or_else(|| status(ttrpc::Code::NOT_FOUND, "no such container"))
+    }
+
+    /// `exit N`, `fill N` (bytes to stdout), `cat`, `sleep`.
+    async fn run(&self, id: &str, arguments: &[String]) -> Option<u32> {
+        let number = || arguments[1].parse::<u32>().expect("a number");
+        match arguments[0].as_str() {
+            "exit" => Some(number()),
+            "fill" => {
+                let mut stdout = self.stream(id, Kind::STDOUT).expect("is connected");
+                stdout
+                    .write_all(&vec![b'x'; number() as usize])
+                    .await
+                    .expect("writes");
+                Some(0)
+            }
+            "cat" => {
+                let mut stdin = self.stream(id, Kind::STDIN).expect("is connected");
+                let mut stdout = self.stream(id, Kind::STDOUT).expect("is connected");
+                tokio::io::copy(&mut stdin, &mut stdout)
+                    .await
+                    .expect("copies");
+                Some(0)
+            }
+            "sleep" => None,
+            other => panic!("no program {other}"),
+        }
+    }
+
+    fn end(&self, id: &str, program: &Program, exit_status: u32) {
+        self.streams
+            .lock()
+            .expect("unpoisoned")
+            .retain(|(owner, _), _| owner != id);
+        program.status.send_if_modified(|status| {
+            let first = status.is_none();
+            status.get_or_insert(exit_status);
+            first
+        });
+    }
+}
+
+fn status(code: ttrpc::Code, message: &str) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code, message))
+}
+
+struct Rpc(Arc<Guest>);
+
+#[async_trait]
+impl Agent for Rpc {
+    async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> ttrpc::Result<HelloResponse> {
+        assert!(request.entropy.len() >= 32 && request.realtime_ns > 0);
+        Ok(HelloResponse {
+            protocol_version: PROTOCOL_VERSION,
+            ..HelloResponse::default()
+        })
+    }
+
+    async fn create_pod(
+        &self,
+        _: &TtrpcContext,
+        request: CreatePodRequest,
+    ) -> ttrpc::Result<CreatePodResponse> {
+        *self.0.pod.lock().expect("unpoisoned") = Some(request);
+        Ok(CreatePodResponse::new())
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> ttrpc::Result<CreateContainerResponse> {
+        let spec: Value = serde_json::from_slice(&request.spec_json).expect("is JSON");
+        let arguments: Vec<String> =
+            serde_json::from_value(spec["process"]["args"].clone()).expect("has arguments");
+        if arguments[0] == "missing" {
+            return Err(status(
+                ttrpc::Code::INVALID_ARGUMENT,
+                "missing: no such file in the container",
+            ));
+        }
+        let program = Program {
+            arguments,
+            status: watch::Sender::new(None),
+        };
+        let id = request.container_id;
+        self.0
+            .specs
+            .lock()
+            .expect("unpoisoned")
+            .insert(id.clone(), spec);
+        self.0
+            .programs
+            .lock()
+            .expect("unpoisoned")
+            .insert(id, Arc::new(program));
+        Ok(CreateContainerResponse::new())
+    }
+
+    async fn start_process(
+        &self,
+        _: &TtrpcContext,
+        request: StartProcessRequest,
+    ) -> ttrpc::Result<StartProcessResponse> {
+        let id = request.process.container_id.clone();
+        let program = self.0.program(&id)?;
+        let guest = Arc::clone(&self.0);
+        let running = tokio::spawn(async move {
+            if let Some(status) = guest.run(&id, &program.arguments).await {
+                guest.end(&id, &program, status);
+            }
+        });
+        // A program that is this quick ends before Start is answered.
+        if self.0.program(&request.process.container_id)?.arguments[0] == "exit" {
+            running.await.expect("ends");
+        }
+        Ok(StartProcessResponse::new())
+    }
+
+    async fn signal_process(
+        &self,
+        _: &TtrpcContext,
+        request: SignalProcessRequest,
+    ) -> ttrpc::Result<SignalProcessResponse> {
+        let id = &request.process.container_id;
+        self.0.end(id, &*self.0.program(id)?, 128 + request.signal);
+        Ok(SignalProcessResponse::new())
+    }
+
+    async fn wait_process(
+        &self,
+        _: &TtrpcContext,
+        request: WaitProcessRequest,
+    ) -> ttrpc::Result<WaitProcessResponse> {
+        let program = self.0.program(&request.process.container_id)?;
+        let mut exit = program.status.subscribe();
+        let exit_status = exit
+            .wait_for(Option::is_some)
+            .await
+            .expect("is told")
+            .unwrap_or_default();
+        Ok(WaitProcessResponse {
+            exit_status,
+            exited_at_ns: now_ns(),
+            ..WaitProcessResponse::default()
+        })
+    }
+
+    async fn delete_process(
+        &self,
+        _: &TtrpcContext,
+        request: DeleteProcessRequest,
+    ) -> ttrpc::Result<DeleteProcessResponse> {
+        let id = &request.process.container_id;
+        if let Ok(program) = self.0.program(id) {
+            self.0.end(id, &program, 137);
+        }
+        self.0.programs.lock().expect("unpoisoned").remove(id);
+        Ok(DeleteProcessResponse::new())
+    }
+
+    async fn adjust_time(
+        &self,
+        _: &TtrpcContext,
+        _: AdjustTimeRequest,
+    ) -> ttrpc::Result<AdjustTimeResponse> {
+        Ok(AdjustTimeResponse {
+            realtime_ns: now_ns(),
+            ..AdjustTimeResponse::default()
+        })
+    }
+
+    async fn shutdown(
+        &self,
+        _: &TtrpcContext,
+        _: ShutdownRequest,
+    ) -> ttrpc::Result<ShutdownResponse> {
+        self.0.die("the guest powered off");
+        Ok(ShutdownResponse::new())
+    }
+}

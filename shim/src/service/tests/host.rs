@@ -1,0 +1,98 @@
+//! A host without anything on it.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use super::guest::Guest;
+use crate::host::hooks;
+use crate::host::netns::Network;
+use crate::host::pod::{ContainerRequest, Error as HostError, ExitRecord};
+use crate::pod::host_side::{HostSide, StartError};
+use crate::pod::machine::Machine;
+
+/// What the host did, in order.
+pub type Journal = Arc<Mutex<Vec<String>>>;
+
+/// A host on which everything works, and which writes down what it did.
+pub struct FakeHost {
+    journal: Journal,
+    guest: Arc<Guest>,
+    directory: PathBuf,
+    stand_ins: u32,
+}
+
+impl FakeHost {
+    pub fn new(journal: &Journal, guest: &Arc<Guest>, directory: &Path) -> Self {
+        Self {
+            journal: Arc::clone(journal),
+            guest: Arc::clone(guest),
+            directory: directory.to_owned(),
+            stand_ins: 0,
+        }
+    }
+
+    fn note(&self, what: impl Into<String>) {
+        self.journal.lock().expect("unpoisoned").push(what.into());
+    }
+}
+
+impl HostSide for FakeHost {
+    fn start_vm(&mut self, vsock_listener: OwnedFd) -> Result<Machine, StartError> {
+        self.note("start VM");
+        let (machine, watcher) = Machine::new();
+        self.guest
+            .boot(vsock_listener, watcher, self.directory.clone());
+        Ok(machine)
+    }
+
+    fn set_network(&mut self, network: &Network) -> Result<(), HostError> {
+        self.note(format!("network {network:?}"));
+        Ok(())
+    }
+
+    fn add_container(&mut self, request: ContainerRequest) -> Result<PathBuf, HostError> {
+        self.note(format!("add {}", request.id));
+        Ok(format!("containers/{}/rootfs", request.id).into())
+    }
+
+    fn add_volume(&mut self, source: &Path) -> Result<PathBuf, HostError> {
+        self.note(format!("volume {}", source.display()));
+        Ok("volumes/0".into())
+    }
+
+    fn start_stand_in(&mut self, container_id: &str) -> Result<u32, HostError> {
+        self.stand_ins += 1;
+        self.note(format!("stand-in of {container_id} starts"));
+        Ok(4000 + self.stand_ins)
+    }
+
+    fn end_stand_in(&mut self, container_id: &str) -> Result<(), HostError> {
+        self.note(format!("stand-in of {container_id} ends"));
+        Ok(())
+    }
+
+    fn run_create_runtime_hooks(&mut self, container_id: &str) -> Result<(), HostError> {
+        self.note(format!("hooks of {container_id}"));
+        Ok(())
+    }
+
+    fn run_poststart_hooks(&mut self, _: &str) -> Vec<hooks::Error> {
+        Vec::new()
+    }
+
+    fn record_exit(&mut self, container_id: &str, exit: ExitRecord) -> Result<(), HostError> {
+        self.note(format!("record {container_id} {}", exit.status));
+        Ok(())
+    }
+
+    fn remove_container(&mut self, container_id: &str) -> Result<Vec<hooks::Error>, HostError> {
+        self.note(format!("remove {container_id}"));
+        Ok(Vec::new())
+    }
+
+    fn destroy(self: Box<Self>) -> Result<Vec<hooks::Error>, HostError> {
+        self.note("destroy");
+        Ok(Vec::new())
+    }
+}

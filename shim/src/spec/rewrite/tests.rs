@@ -1,0 +1,222 @@
+use std::convert::Infallible;
+
+use proptest::prelude::*;
+
+use super::*;
+
+#[derive(Default)]
+struct Counted(Vec<PathBuf>);
+
+impl Volumes for Counted {
+    type Error = Infallible;
+
+    fn add(&mut self, source: &Path) -> Result<PathBuf, Infallible> {
+        let known = self.0.iter().position(|known| known == source);
+        let number = known.unwrap_or_else(|| {
+            self.0.push(source.to_owned());
+            self.0.len() - 1
+        });
+        Ok(PathBuf::from(format!("volumes/{number}")))
+    }
+}
+
+fn namespaces() -> Value {
+    json!([
+        {"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}
+    ])
+}
+
+fn lone() -> Value {
+    json!({
+        "ociVersion": "1.2.0",
+        "hostname": "h",
+        "root": {"path": "rootfs", "readonly": true},
+        "linux": {"namespaces": namespaces(), "cgroupsPath": "/default/c"},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm"},
+            {"destination": "/a", "type": "bind", "source": "/host/a", "options": ["rbind", "ro"]},
+            {"destination": "/b", "source": "/host/a", "options": ["bind"]},
+        ],
+        "futureField": {"x": 1},
+    })
+}
+
+fn member(namespaces: &Value) -> Value {
+    json!({
+        "root": {"path": "rootfs"},
+        "linux": {"namespaces": namespaces},
+        "annotations": {
+            "io.kubernetes.cri.container-type": "container",
+            "io.kubernetes.cri.sandbox-id": "box",
+        },
+        "mounts": [{
+            "destination": "/dev/shm", "type": "bind",
+            "source": "/run/containerd/io.containerd.grpc.v1.cri/sandboxes/box/shm",
+            "options": ["rbind", "ro"],
+        }],
+    })
+}
+
+fn rewritten(spec: Value, sandbox_pid: Option<u32>) -> (HostView, Value) {
+    let (host, guest) = GuestSpec::split(spec, "c", sandbox_pid).expect("splits");
+    let json = guest.into_json(&mut Counted::default()).expect("rewrites");
+    (host, serde_json::from_slice(&json).expect("is JSON"))
+}
+
+fn refusal(spec: Value, sandbox_pid: Option<u32>) -> String {
+    GuestSpec::split(spec, "c", sandbox_pid)
+        .expect_err("is refused")
+        .to_string()
+}
+
+#[test]
+fn rewrite_lone_container_replaces_every_path_of_the_host() {
+    let (host, guest) = rewritten(lone(), None);
+    assert_eq!(
+        guest["root"],
+        json!({"path": "/run/bulkhead/share/containers/c/rootfs", "readonly": true})
+    );
+    assert_eq!(guest["linux"]["cgroupsPath"], "c");
+    assert_eq!(
+        guest["linux"]["namespaces"][4],
+        json!({"type": "network", "path": "/run/bulkhead/pod/ns/net"})
+    );
+    assert_eq!(guest["linux"]["namespaces"][0], json!({"type": "pid"}));
+    assert_eq!(
+        guest["mounts"][2]["source"],
+        "/run/bulkhead/share/volumes/0"
+    );
+    assert_eq!(
+        guest["mounts"][3]["source"],
+        "/run/bulkhead/share/volumes/0"
+    );
+    assert_eq!(guest["mounts"][1]["source"], "shm");
+    assert_eq!(host.root, PathBuf::from("rootfs"));
+    assert_eq!(host.cgroups_path.as_deref(), Some("/default/c"));
+    assert!(host.own_pid_namespace);
+}
+
+#[test]
+fn rewrite_unknown_field_reaches_the_agent() {
+    assert_eq!(rewritten(lone(), None).1["futureField"], json!({"x": 1}));
+}
+
+#[test]
+fn rewrite_member_maps_its_sandbox_and_shm_back_to_the_pod() {
+    let namespaces = json!([
+        {"type": "network", "path": "/proc/77/ns/net"},
+        {"type": "ipc", "path": "/proc/77/ns/ipc"},
+        {"type": "uts", "path": "/proc/77/ns/uts"},
+        {"type": "pid"},
+    ]);
+    let (host, guest) = rewritten(member(&namespaces), Some(77));
+    assert_eq!(
+        guest["linux"]["namespaces"][1]["path"],
+        "/run/bulkhead/pod/ns/ipc"
+    );
+    assert_eq!(guest["mounts"][0]["source"], "/run/bulkhead/pod/shm");
+    assert_eq!(host.network_path, None);
+    assert!(host.shm_source.is_some());
+}
+
+#[test]
+fn rewrite_namespace_of_another_pod_is_refused() {
+    let namespaces = json!([
+        {"type": "network", "path": "/proc/78/ns/net"},
+        {"type": "ipc", "path": "/proc/77/ns/ipc"},
+        {"type": "uts", "path": "/proc/77/ns/uts"},
+    ]);
+    let refused = refusal(member(&namespaces), Some(77));
+    assert!(refused.contains("/proc/78/ns/net"), "{refused}");
+}
+
+#[test]
+fn rewrite_shared_pid_namespace_is_refused_by_name() {
+    let namespaces = json!([
+        {"type": "pid", "path": "/proc/77/ns/pid"},
+        {"type": "network", "path": "/proc/77/ns/net"}, {"type": "ipc"}, {"type": "uts"},
+    ]);
+    assert!(refusal(member(&namespaces), Some(77)).contains("PID namespace"));
+}
+
+#[test]
+fn rewrite_without_network_namespace_is_refused_as_the_hosts() {
+    let mut spec = lone();
+    spec["linux"]["namespaces"] = json!([{"type": "ipc"}, {"type": "uts"}]);
+    assert!(refusal(spec, None).contains("network"));
+}
+
+#[test]
+fn rewrite_network_made_by_cni_is_left_to_the_host() {
+    let mut spec = lone();
+    spec["linux"]["namespaces"][4]["path"] = json!("/var/run/netns/cni-1");
+    let (host, guest) = rewritten(spec, None);
+    assert_eq!(
+        host.network_path,
+        Some(PathBuf::from("/var/run/netns/cni-1"))
+    );
+    assert_eq!(
+        guest["linux"]["namespaces"][4]["path"],
+        "/run/bulkhead/pod/ns/net"
+    );
+}
+
+#[test]
+fn rewrite_relative_bind_source_is_refused() {
+    let mut spec = lone();
+    spec["mounts"][2]["source"] = json!("a");
+    let (_, guest) = GuestSpec::split(spec, "c", None).expect("splits");
+    let error = guest
+        .into_json(&mut Counted::default())
+        .expect_err("is refused");
+    assert!(error.to_string().contains("mounts[2].source"), "{error}");
+}
+
+fn any_json() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        prop_oneof![
+            "[a-z/]{0,12}",
+            Just("bind".to_owned()),
+            Just("network".to_owned())
+        ]
+        .prop_map(Value::from),
+    ];
+    leaf.prop_recursive(5, 64, 6, |inner| {
+        let key = prop_oneof![
+            Just("root"),
+            Just("path"),
+            Just("linux"),
+            Just("namespaces"),
+            Just("type"),
+            Just("mounts"),
+            Just("source"),
+            Just("options"),
+            Just("hooks"),
+            Just("annotations"),
+        ];
+        prop_oneof![
+            proptest::collection::vec(inner.clone(), 0..5).prop_map(Value::from),
+            proptest::collection::btree_map(key.prop_map(str::to_owned), inner, 0..6)
+                .prop_map(|map| Value::Object(map.into_iter().collect())),
+        ]
+    })
+}
+
+proptest! {
+    #[test]
+    fn rewrite_any_json_never_panics_nor_lets_a_host_path_through(spec in any_json()) {
+        if let Ok((_, guest)) = GuestSpec::split(spec, "c", Some(1))
+            && let Ok(json) = guest.into_json(&mut Counted::default())
+        {
+            let spec: Value = serde_json::from_slice(&json).expect("is JSON");
+            for mount in spec["mounts"].as_array().into_iter().flatten().filter(|mount| is_bind(mount)) {
+                let source = text(mount, "/source").expect("has a source");
+                prop_assert!(source.starts_with(SHARE_DIR) || source.starts_with(POD_DIR));
+            }
+        }
+    }
+}
