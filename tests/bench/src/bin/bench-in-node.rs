@@ -1,0 +1,136 @@
+//! What of the benchmarks runs inside the node: it measures and prints JSON.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use bulkhead_bench::{Comparison, bare_kvm, monitor};
+use clap::Parser;
+
+/// Measures inside the node and prints the samples as JSON.
+#[derive(Parser)]
+struct Arguments {
+    /// Runs of each way.
+    #[arg(long, default_value_t = 20)]
+    runs: usize,
+    /// Installation of Bulkhead.
+    #[arg(long)]
+    prefix: PathBuf,
+    /// initramfs whose init resets the machine at once.
+    #[arg(long)]
+    initramfs: PathBuf,
+    /// Image for the container benchmark.
+    #[arg(long, default_value = "docker.io/library/busybox:latest")]
+    image: String,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let comparisons = [
+        first_instruction(&arguments)?,
+        exec_to_init(&arguments)?,
+        run_true(&arguments)?,
+    ];
+    println!("{}", serde_json::to_string(&comparisons)?);
+    Ok(())
+}
+
+/// One container from request to end.
+fn run_true(arguments: &Arguments) -> Result<Comparison> {
+    let run = |runtime: &'static str| {
+        move |number: usize| {
+            let id = format!("bench-{}-{number}", runtime.replace('.', "-"));
+            let command = ["run", "--rm", "--runtime", runtime];
+            time(Command::new("ctr").args(command).args([
+                arguments.image.as_str(),
+                id.as_str(),
+                "true",
+            ]))
+        }
+    };
+    let runc = "io.containerd.runc.v2";
+    let ours = "io.containerd.bulkhead.v2";
+    Comparison::new("ctr run --rm IMAGE true", "runc", "bulkhead").measure(
+        arguments.runs,
+        run(runc),
+        run(ours),
+    )
+}
+
+/// Monitor executed until it has ended, with an init that resets at once.
+fn exec_to_init(arguments: &Arguments) -> Result<Comparison> {
+    let kernel = arguments.prefix.join("share/bulkhead/vmlinux");
+    let vmm = arguments.prefix.join("libexec/bulkhead/bulkhead-vmm");
+    let name = "monitor executed to guest init and gone (init resets at once)";
+    Comparison::new(name, "QEMU microvm", "bulkhead-vmm").measure(
+        arguments.runs,
+        |_| time(&mut qemu(&kernel, &arguments.initramfs)),
+        |_| {
+            let started = Instant::now();
+            monitor::boot(&vmm, &kernel, &arguments.initramfs)?;
+            Ok(started.elapsed())
+        },
+    )
+}
+
+/// From `KVM_CREATE_VM` until the first `KVM_RUN`.
+fn first_instruction(arguments: &Arguments) -> Result<Comparison> {
+    let kernel = arguments.prefix.join("share/bulkhead/vmlinux");
+    let vmm = arguments.prefix.join("libexec/bulkhead/bulkhead-vmm");
+    let name = "KVM_CREATE_VM to first guest instruction";
+    Comparison::new(name, "bare ioctls", "bulkhead-vmm").measure(
+        arguments.runs,
+        |_| bare_kvm::create_to_first_run(),
+        |_| {
+            let timings = monitor::boot(&vmm, &kernel, &arguments.initramfs)?;
+            Ok(Duration::from_micros(
+                timings.first_run_us - timings.create_vm_us,
+            ))
+        },
+    )
+}
+
+fn qemu(kernel: &Path, initramfs: &Path) -> Command {
+    let mut command = Command::new("qemu-system-x86_64");
+    command
+        .args([
+            "-M",
+            "microvm,acpi=on,x-option-roms=off,pit=off,pic=off,rtc=off",
+        ])
+        .args(["-enable-kvm", "-cpu", "host", "-smp", "1", "-m", "512"])
+        .args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+        ])
+        .arg("-kernel")
+        .arg(kernel)
+        .arg("-initrd")
+        .arg(initramfs)
+        .args([
+            "-append",
+            "quiet panic=-1 8250.nr_uarts=0 cryptomgr.notests",
+        ]);
+    command
+}
+
+fn time(command: &mut Command) -> Result<Duration> {
+    let started = Instant::now();
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot run {command:?}"))?;
+    let elapsed = started.elapsed();
+    ensure!(
+        output.status.success(),
+        "{command:?} ended with {}: {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(elapsed)
+}

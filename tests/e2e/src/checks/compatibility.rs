@@ -1,0 +1,42 @@
+//! The same on the other containerds.
+
+use anyhow::{Result, ensure};
+
+use super::Check;
+use crate::lab::{BULKHEAD, IMAGE, Lab, RUN};
+
+/// See the names.
+pub const CHECKS: &[Check] = &[
+    ("exit_code_on_containerd_1_7", on_1_7),
+    ("exit_code_on_containerd_2_3", on_2_3),
+];
+
+fn on_1_7(lab: &Lab) -> Result<()> {
+    smoke(lab, "1.7")
+}
+
+fn on_2_3(lab: &Lab) -> Result<()> {
+    smoke(lab, "2.3")
+}
+
+fn smoke(lab: &Lab, version: &str) -> Result<()> {
+    lab.succeed(&format!("containerd-use {version}"))?;
+    let outcome = codes(lab, version);
+    lab.succeed("containerd-use 2.4")?;
+    outcome
+}
+
+fn codes(lab: &Lab, version: &str) -> Result<()> {
+    let server = lab.succeed("ctr version | sed -n '/Server/,$ s/ *Version: *//p'")?;
+    ensure!(
+        server.trim_start_matches('v').starts_with(version),
+        "containerd {server} runs"
+    );
+    let before = lab.resources()?;
+    lab.expect_code(42, &format!("{RUN} old sh -c 'exit 42'"))?;
+    lab.expect_code(
+        42,
+        &format!("nerdctl run --rm --pull never --runtime {BULKHEAD} {IMAGE} sh -c 'exit 42'"),
+    )?;
+    lab.expect_nothing_left(&before)
+}

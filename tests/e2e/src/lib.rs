@@ -1,0 +1,5 @@
+//! End-to-end tests: what a user would notice, through the real containerd in
+//! a node.
+
+pub mod checks;
+pub mod lab;
