@@ -1,12 +1,15 @@
 //! What becomes of the guest: told by the vCPU threads and the devices, heard
 //! by the main thread.
 
+use std::error::Error;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vmm_config::control::ExitReason;
+
+use crate::log::describe;
 
 /// Collects what is told. Of reasons to end, the first counts: later ones are
 /// consequences.
@@ -62,21 +65,36 @@ impl Lifecycle {
         });
     }
 
+    /// The VM cannot go on without this device, as in "socket device".
+    pub fn report_device_failure(&self, device: &str, error: &dyn Error) {
+        self.report_end(ExitReason::DeviceFailed {
+            device: device.to_owned(),
+            error: describe(error),
+        });
+    }
+
+    /// The VM has ended: no vCPU should go on.
+    pub fn is_ended(&self) -> bool {
+        self.lock().ended.is_some()
+    }
+
     /// What has been told. The event is no longer readable until there is
     /// more.
     pub fn state(&self) -> State {
         // Fails when nothing was told since: the event only says that there is news.
         let _ = self.event.read();
-        self.state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.lock().clone()
     }
 
     fn report(&self, change: impl FnOnce(&mut State)) {
-        change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut self.lock());
         // Fails only when the counter is full, and then it is readable anyhow.
         let _ = self.event.write(1);
+    }
+
+    /// Plain values, valid also when a thread panicked over them.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

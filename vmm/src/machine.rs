@@ -1,5 +1,6 @@
 //! The machine: how it is made, and how it ends.
 
+use std::error::Error;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -9,9 +10,7 @@ use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 use vmm_config::control::{Exit, ExitReason, Timings};
 use vmm_config::{ConfigError, VmConfig};
-use vmm_devices::{
-    FileSystem, FileSystemConfig, FileSystemError, Rng, Serial, ServerFailed, Vsock, VsockConfig,
-};
+use vmm_devices::{FileSystem, FileSystemConfig, FileSystemError, Rng, Serial, Vsock, VsockConfig};
 
 use crate::bus::{Bus, Overlap};
 use crate::control::Descriptors;
@@ -24,10 +23,9 @@ use crate::layout::{
 };
 use crate::lifecycle::Lifecycle;
 use crate::load::{Image, LoadError};
-use crate::log::describe;
 use crate::memory::{self, MemoryError};
 use crate::platform::{KeyboardController, Panics, Power, RoutedIoApic};
-use crate::ramoops;
+use crate::ramoops::{self, is_panic};
 use crate::slots::{SlotError, Slots, connect_line};
 
 /// Why a VM cannot be made.
@@ -122,17 +120,19 @@ impl Machine {
             IOAPIC..=IOAPIC + IOAPIC_SIZE - 1,
             RoutedIoApic::new(Routes::new(vm.clone())),
         )?;
-        let mut slots = Slots::new(&vm, &memory, &mut mmio);
+        let mut slots = Slots::new(&vm, &memory, &mut mmio, lifecycle);
         slots.add("entropy device", Box::new(Rng::new()))?;
         if let Some(vsock) = config.vsock {
+            let name = "socket device";
             let lifecycle = Arc::clone(lifecycle);
             let device = Vsock::try_new(VsockConfig {
                 guest_cid: vsock.guest_cid,
                 listener: take(vsock.listener).into(),
+                failed: report_failure(name.to_owned(), &lifecycle),
                 ready: Arc::new(move || lifecycle.report_guest_ready()),
             })
             .map_err(BootError::Vsock)?;
-            slots.add("socket device", Box::new(device))?;
+            slots.add(name, Box::new(device))?;
         }
         for share in &config.file_systems {
             let name = format!("file system {}", share.tag);
@@ -171,34 +171,120 @@ impl Machine {
         Ok((machine, timings))
     }
 
-    /// Ends the VM: stops the vCPUs, resets the devices, and only then reads
-    /// what the guest left behind.
-    pub fn end(self, reason: ExitReason) -> Exit {
+    /// Ends the VM: stops the vCPUs, calls `tell` with the reason and what the
+    /// guest left behind, and only then closes the devices. The launcher would
+    /// otherwise learn from its connections to the guest that they are gone,
+    /// before it learns why.
+    pub fn end(self, reason: ExitReason, tell: impl FnOnce(Exit)) {
         let Self {
             vcpus,
             devices,
             memory,
         } = self;
         drop(vcpus);
+        tell(describe_exit(reason, &memory));
         drop(devices);
-        let guest_log = match reason {
-            ExitReason::PowerOff | ExitReason::Stopped => Vec::new(),
-            _ => ramoops::last_lines(&memory),
-        };
-        Exit { reason, guest_log }
     }
 }
 
-/// The VM cannot go on without its file server.
-fn report_failure(
+/// A reset after a panic is the panic, also when it came before the guest's
+/// driver of the panic port.
+fn describe_exit(reason: ExitReason, memory: &GuestMemoryMmap) -> Exit {
+    let guest_log = match reason {
+        ExitReason::PowerOff | ExitReason::Stopped => Vec::new(),
+        _ => ramoops::last_lines(memory),
+    };
+    let panicked = guest_log.first().is_some_and(|line| is_panic(line));
+    let reason = match reason {
+        ExitReason::Reset if panicked => ExitReason::GuestPanic,
+        reason => reason,
+    };
+    Exit { reason, guest_log }
+}
+
+/// The VM cannot go on without a device that it was given.
+fn report_failure<E: Error>(
     device: String,
     lifecycle: &Arc<Lifecycle>,
-) -> Arc<dyn Fn(ServerFailed) + Send + Sync> {
+) -> Arc<dyn Fn(E) + Send + Sync> {
     let lifecycle = Arc::clone(lifecycle);
-    Arc::new(move |failed| {
-        lifecycle.report_end(ExitReason::DeviceFailed {
-            device: device.clone(),
-            error: describe(&failed),
+    Arc::new(move |error| lifecycle.report_device_failure(&device, &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{self, Sender};
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::bus::Registers;
+    use crate::layout::{RAMOOPS, RAMOOPS_SIZE};
+
+    /// A device that tells when it is closed.
+    struct Closing(Sender<String>);
+
+    impl Registers for Closing {
+        fn read(&mut self, _offset: u64, _data: &mut [u8]) {}
+        fn write(&mut self, _offset: u64, _data: &[u8]) {}
+    }
+
+    impl Drop for Closing {
+        fn drop(&mut self) {
+            let _ = self.0.send("closed".to_owned());
+        }
+    }
+
+    fn memory_with_log(log: &str) -> GuestMemoryMmap {
+        let size = (RAMOOPS + RAMOOPS_SIZE) as usize;
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size)]).expect("memory");
+        let zone = ramoops::zone(log);
+        memory
+            .write_slice(&zone, GuestAddress(RAMOOPS))
+            .expect("in memory");
+        memory
+    }
+
+    #[test]
+    fn end_tells_the_reason_before_it_closes_the_devices() {
+        let (tell, told) = mpsc::channel();
+        let mut ports = Bus::default();
+        ports
+            .attach("device", 1..=1, Closing(tell.clone()))
+            .expect("free");
+        let devices = Arc::new(Surroundings {
+            ports,
+            mmio: Bus::default(),
+            lifecycle: Arc::new(Lifecycle::try_new().expect("event")),
         });
-    })
+        let (vcpus, _) = VcpuThreads::start(Vec::new(), &devices).expect("none to start");
+        let machine = Machine {
+            vcpus,
+            devices,
+            memory: memory_with_log("last words\n"),
+        };
+        machine.end(ExitReason::TripleFault, |exit| {
+            let _ = tell.send(exit.guest_log.concat());
+        });
+        drop(tell);
+        let told: Vec<_> = told.iter().collect();
+        assert_eq!(told, ["last words", "closed"]);
+    }
+
+    #[test]
+    fn describe_exit_of_a_reset_after_a_panic_in_the_log_is_the_panic() {
+        let log = "booting\n[ 0.3] Kernel panic - not syncing: VFS\n";
+        let reason = |reason, log| describe_exit(reason, &memory_with_log(log)).reason;
+        assert_eq!(reason(ExitReason::Reset, log), ExitReason::GuestPanic);
+        assert_eq!(reason(ExitReason::Reset, "booting\n"), ExitReason::Reset);
+        // Others are what they are.
+        let fault = ExitReason::TripleFault;
+        assert_eq!(reason(fault.clone(), log), fault);
+    }
+
+    #[test]
+    fn describe_exit_in_an_orderly_way_gives_no_log() {
+        let exit = describe_exit(ExitReason::PowerOff, &memory_with_log("bye\n"));
+        assert!(exit.guest_log.is_empty());
+    }
 }

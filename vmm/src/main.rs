@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
-use vmm_config::control::{Event, Exit, ExitReason, Request};
+use vmm_config::control::{Event, ExitReason, Request};
 
 use control::{Control, ControlError, Received};
 use lifecycle::Lifecycle;
@@ -75,10 +75,7 @@ fn main() -> ExitCode {
         }
     };
     match run(&control, began) {
-        Ok(exit) => {
-            control.send(&Event::Exited(exit));
-            ExitCode::SUCCESS
-        }
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let error = describe(&error);
             log(&error);
@@ -88,8 +85,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// Boots the VM that the launcher asks for, and stays with it until its end.
-fn run(control: &Control, began: Instant) -> Result<Exit, RunError> {
+/// Boots the VM that the launcher asks for, stays with it until its end, and
+/// tells of that.
+fn run(control: &Control, began: Instant) -> Result<(), RunError> {
     let (config, descriptors) = match control.receive()? {
         Received::Request(Request::Boot(config), descriptors) => (config, descriptors),
         Received::Request(Request::Stop, _) => return Err(RunError::NotBoot),
@@ -99,7 +97,8 @@ fn run(control: &Control, began: Instant) -> Result<Exit, RunError> {
     let (machine, timings) = Machine::boot(&config, descriptors, &lifecycle, began)?;
     control.send(&Event::Started(timings));
     let reason = wait_for_end(control, &lifecycle)?;
-    Ok(machine.end(reason))
+    machine.end(reason, |exit| control.send(&Event::Exited(exit)));
+    Ok(())
 }
 
 /// Serves the control socket until the VM ends or is to be ended.

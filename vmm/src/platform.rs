@@ -85,15 +85,27 @@ impl Registers for Panics {
 }
 
 /// A virtio slot, with a device or free.
-pub struct VirtioSlot(pub Box<dyn Transport>);
+pub struct VirtioSlot {
+    /// What is in it, as in "socket device".
+    pub name: String,
+    /// Its registers.
+    pub transport: Box<dyn Transport>,
+    /// Where it is told that the device cannot start.
+    pub lifecycle: Arc<Lifecycle>,
+}
 
 impl Registers for VirtioSlot {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        self.0.read(offset, data);
+        self.transport.read(offset, data);
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        self.0.write(offset, data);
+        self.transport.write(offset, data);
+        // The host's fault, not the guest's, which would wait for its device until somebody loses
+        // patience with both.
+        if let Some(error) = self.transport.start_error() {
+            self.lifecycle.report_device_failure(&self.name, error);
+        }
     }
 }
 
@@ -133,6 +145,11 @@ impl Registers for KeyboardController {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+    use vmm_virtio::{
+        ActivateError, Activation, ActiveQueue, MmioTransport, RestoreError, VirtioDevice,
+    };
 
     fn lifecycle() -> Arc<Lifecycle> {
         Arc::new(Lifecycle::try_new().expect("event"))
@@ -162,5 +179,79 @@ mod tests {
         assert_eq!(status, [0]);
         controller.write(0, &[0xfe]);
         assert_eq!(lifecycle.state().ended, Some(ExitReason::Reset));
+    }
+
+    /// A device that does not start.
+    struct Refusing(fn(String) -> ActivateError);
+
+    impl VirtioDevice for Refusing {
+        fn device_type(&self) -> u32 {
+            4
+        }
+        fn queue_max_sizes(&self) -> &[u16] {
+            &[]
+        }
+        fn features(&self) -> u64 {
+            0
+        }
+        fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
+        fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+        fn activate(&mut self, _activation: Activation) -> Result<(), ActivateError> {
+            Err(self.0("device".to_owned()))
+        }
+        fn pause(&mut self) -> Vec<ActiveQueue> {
+            Vec::new()
+        }
+        fn reset(&mut self) {}
+        fn save(&self) -> Vec<u8> {
+            Vec::new()
+        }
+        fn restore(&mut self, _state: &[u8]) -> Result<(), RestoreError> {
+            Ok(())
+        }
+    }
+
+    /// What becomes of a VM the driver of which starts this device.
+    fn start(device: Refusing) -> Option<ExitReason> {
+        let lifecycle = lifecycle();
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4096)]).expect("memory");
+        let line = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+        let device = Box::new(device);
+        let transport = MmioTransport::try_new(device, memory, line, Box::new(|_| ()));
+        let mut slot = VirtioSlot {
+            name: "device".to_owned(),
+            transport: Box::new(transport.expect("transport")),
+            lifecycle: Arc::clone(&lifecycle),
+        };
+        for (register, value) in [
+            (0x70, 1u32), // Status: ACKNOWLEDGE
+            (0x70, 3),    // and DRIVER
+            (0x24, 1),    // DriverFeaturesSel
+            (0x20, 1),    // DriverFeatures: VIRTIO_F_VERSION_1
+            (0x70, 11),   // and FEATURES_OK
+            (0x70, 15),   // and DRIVER_OK
+        ] {
+            slot.write(register, &value.to_le_bytes());
+        }
+        lifecycle.state().ended
+    }
+
+    #[test]
+    fn device_that_the_host_cannot_start_ends_the_vm_with_the_reason() {
+        let ended = start(Refusing(|device| ActivateError::Host {
+            device,
+            source: std::io::Error::other("no descriptors left"),
+        }));
+        let expected = ExitReason::DeviceFailed {
+            device: "device".to_owned(),
+            error: "device cannot start: no descriptors left".to_owned(),
+        };
+        assert_eq!(ended, Some(expected));
+    }
+
+    #[test]
+    fn device_that_its_driver_keeps_from_starting_does_not_end_the_vm() {
+        let ended = start(Refusing(|device| ActivateError::Queues { device }));
+        assert_eq!(ended, None);
     }
 }

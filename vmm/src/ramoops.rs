@@ -21,12 +21,11 @@ const LINE_BYTES: usize = 400;
 
 /// What Linux prints first when it panics; a stack trace longer than [`LINES`]
 /// may follow.
-const PANIC: &[u8] = b"Kernel panic - not syncing";
-/// Lines before it that are given too: what led to it.
-const LINES_BEFORE_PANIC: usize = 5;
+const PANIC: &str = "Kernel panic - not syncing";
 
 /// Reads the guest's last lines, oldest first: printable ASCII only. If it
-/// panicked, the lines around that. Empty when the guest wrote none, or has put
+/// panicked, the line that says so is the first, and those after it follow:
+/// it may be long before the last. Empty when the guest wrote none, or has put
 /// nonsense there.
 pub fn last_lines(memory: &GuestMemoryMmap) -> Vec<String> {
     let mut zone = vec![0; RAMOOPS_SIZE as usize];
@@ -43,16 +42,14 @@ fn parse(zone: &[u8]) -> Vec<String> {
         .filter(|line| !line.is_empty())
         .collect();
     let last = lines.len().saturating_sub(LINES);
-    let first = match lines.iter().position(|line| contains(line, PANIC)) {
-        Some(panic) => panic.saturating_sub(LINES_BEFORE_PANIC).min(last),
-        None => last,
-    };
-    let chosen = lines.into_iter().skip(first).take(LINES);
+    let panic = lines.iter().position(|line| is_panic(&printable(line)));
+    let chosen = lines.into_iter().skip(panic.unwrap_or(last)).take(LINES);
     chosen.map(printable).collect()
 }
 
-fn contains(line: &[u8], text: &[u8]) -> bool {
-    line.windows(text.len()).any(|window| window == text)
+/// Whether a line is that with which a kernel says that it panics.
+pub fn is_panic(line: &str) -> bool {
+    line.contains(PANIC)
 }
 
 /// The ring's bytes in the order in which they were written.
@@ -83,12 +80,23 @@ fn printable(line: &[u8]) -> String {
         .collect()
 }
 
+/// The zone of a guest that wrote this.
+#[cfg(test)]
+pub fn zone(log: &str) -> Vec<u8> {
+    let length = log.len() as u32;
+    [SIGNATURE, length, length]
+        .into_iter()
+        .flat_map(u32::to_le_bytes)
+        .chain(log.bytes())
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn zone(start: u32, size: u32, data: &[u8]) -> Vec<u8> {
+    fn ring(start: u32, size: u32, data: &[u8]) -> Vec<u8> {
         let mut zone = Vec::new();
         for field in [SIGNATURE, start, size] {
             zone.extend(field.to_le_bytes());
@@ -99,38 +107,38 @@ mod tests {
 
     #[test]
     fn parse_ring_that_wrapped_gives_oldest_first() {
-        let lines = parse(&zone(6, 16, b"third\nfirst\nsec\n"));
+        let lines = parse(&ring(6, 16, b"third\nfirst\nsec\n"));
         assert_eq!(lines, ["first", "sec", "third"]);
     }
 
     #[test]
     fn parse_ring_not_yet_full_gives_what_was_written() {
-        let lines = parse(&zone(8, 8, b"one\ntwo\n\0\0\0\0"));
+        let lines = parse(&ring(8, 8, b"one\ntwo\n\0\0\0\0"));
         assert_eq!(lines, ["one", "two"]);
     }
 
     #[test]
     fn parse_many_lines_gives_the_last() {
         let lines: Vec<_> = (0..100).map(|line| format!("line {line}\n")).collect();
-        let text = lines.concat();
-        let lines = parse(&zone(text.len() as u32, text.len() as u32, text.as_bytes()));
+        let lines = parse(&zone(&lines.concat()));
         assert_eq!(lines.len(), LINES);
         assert_eq!(lines.last().map(String::as_str), Some("line 99"));
     }
 
     #[test]
-    fn parse_panic_with_a_long_trace_gives_the_panic() {
+    fn parse_panic_gives_it_first_and_what_came_after() {
         let mut lines = vec!["before\n".to_owned(); 30];
         lines.push("Kernel panic - not syncing: sysrq\n".to_owned());
-        lines.extend(vec!["trace\n".to_owned(); 40]);
-        let text = lines.concat();
-        let given = parse(&zone(text.len() as u32, text.len() as u32, text.as_bytes()));
-        assert_eq!(given.len(), LINES);
-        assert_eq!(given[LINES_BEFORE_PANIC - 1], "before");
-        assert_eq!(
-            given[LINES_BEFORE_PANIC],
-            "Kernel panic - not syncing: sysrq"
-        );
+        // As it ends: whether a long trace follows, or next to nothing.
+        for trace in [40, 1] {
+            let mut lines = lines.clone();
+            lines.extend(vec!["trace\n".to_owned(); trace]);
+            lines.push("---[ end Kernel panic - not syncing: sysrq ]---\n".to_owned());
+            let given = parse(&zone(&lines.concat()));
+            assert_eq!(given.len(), LINES.min(trace + 2));
+            assert_eq!(given[0], "Kernel panic - not syncing: sysrq");
+            assert_eq!(given[1], "trace");
+        }
     }
 
     #[test]
@@ -140,7 +148,7 @@ mod tests {
 
     #[test]
     fn parse_escape_sequence_is_made_harmless() {
-        assert_eq!(parse(&zone(5, 5, b"\x1b[2J\n")), ["?[2J"]);
+        assert_eq!(parse(&zone("\x1b[2J\n")), ["?[2J"]);
     }
 
     proptest! {
@@ -154,7 +162,7 @@ mod tests {
         ) {
             let small = near.index(data.len() + 2) as u32;
             for (start, size) in [(start, size), (start % (small + 1), small), (small, small)] {
-                let mut zone = zone(start, size, &data);
+                let mut zone = ring(start, size, &data);
                 if !signed {
                     zone[0] ^= 0xff;
                 }

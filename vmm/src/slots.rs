@@ -1,15 +1,18 @@
 //! Devices and the interrupt lines and notifications that KVM wires them up by.
 
 use std::io;
+use std::sync::Arc;
 
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use vmm_virtio::{EmptySlot, MmioTransport, Transport, TransportError, VirtioDevice};
+use vmm_virtio::{EmptySlot, Faulted, MmioTransport, Transport, TransportError, VirtioDevice};
 
 use crate::bus::{Bus, Overlap};
 use crate::kvm::{Vm, VmError};
 use crate::layout::{VIRTIO_MMIO_SLOT_SIZE, VIRTIO_MMIO_SLOTS, virtio_mmio_gsi, virtio_mmio_slot};
+use crate::lifecycle::Lifecycle;
+use crate::log::{describe, log};
 use crate::platform::VirtioSlot;
 
 /// Offset of the register that tells a device of new buffers (virtio 1.2
@@ -66,16 +69,23 @@ pub struct Slots<'a> {
     vm: &'a Vm,
     memory: &'a GuestMemoryMmap,
     mmio: &'a mut Bus,
+    lifecycle: &'a Arc<Lifecycle>,
     next: u32,
 }
 
 impl<'a> Slots<'a> {
     /// All slots are still free.
-    pub fn new(vm: &'a Vm, memory: &'a GuestMemoryMmap, mmio: &'a mut Bus) -> Self {
+    pub fn new(
+        vm: &'a Vm,
+        memory: &'a GuestMemoryMmap,
+        mmio: &'a mut Bus,
+        lifecycle: &'a Arc<Lifecycle>,
+    ) -> Self {
         Self {
             vm,
             memory,
             mmio,
+            lifecycle,
             next: 0,
         }
     }
@@ -89,12 +99,11 @@ impl<'a> Slots<'a> {
             });
         }
         let interrupt = connect_line(self.vm, name, virtio_mmio_gsi(slot))?;
-        let transport =
-            MmioTransport::try_new(device, self.memory.clone(), interrupt).map_err(|source| {
-                SlotError::Transport {
-                    device: name.to_owned(),
-                    source,
-                }
+        let memory = self.memory.clone();
+        let transport = MmioTransport::try_new(device, memory, interrupt, log_fault(name))
+            .map_err(|source| SlotError::Transport {
+                device: name.to_owned(),
+                source,
             })?;
         let notify = virtio_mmio_slot(slot) + QUEUE_NOTIFY;
         for (queue, event) in transport.queue_events().iter().enumerate() {
@@ -114,8 +123,25 @@ impl<'a> Slots<'a> {
     fn occupy(&mut self, name: String, transport: Box<dyn Transport>) -> Result<(), SlotError> {
         let start = virtio_mmio_slot(self.next);
         let range = start..=start + VIRTIO_MMIO_SLOT_SIZE - 1;
-        self.mmio.attach(name, range, VirtioSlot(transport))?;
+        let slot = VirtioSlot {
+            name: name.clone(),
+            transport,
+            lifecycle: Arc::clone(self.lifecycle),
+        };
+        self.mmio.attach(name, range, slot)?;
         self.next += 1;
         Ok(())
     }
+}
+
+/// The pod lives on without the device, so that the host's log is all that
+/// tells why.
+fn log_fault(device: &str) -> Faulted {
+    let device = device.to_owned();
+    Box::new(move |fault| {
+        let fault = describe(fault);
+        log(&format!(
+            "the guest broke its {device}, which waits for a reset: {fault}; more of this is not logged"
+        ));
+    })
 }

@@ -77,7 +77,10 @@ pub struct Exit {
     /// Why.
     pub reason: ExitReason,
     /// The last lines of the guest's kernel log, oldest first; empty when the
-    /// guest ended in an orderly way or wrote none.
+    /// guest ended in an orderly way or wrote none. If it says that the kernel
+    /// panicked, the first line is the one with "Kernel panic - not syncing: "
+    /// and the reason, and those that came after it follow, as far as there is
+    /// room: the last may be missing, and what led to the panic is.
     pub guest_log: Vec<String>,
 }
 
@@ -87,7 +90,7 @@ pub struct Exit {
 pub enum ExitReason {
     /// The guest powered itself off.
     PowerOff,
-    /// The guest reset itself without saying that it panicked.
+    /// The guest reset itself, and neither it nor its log says that it panicked.
     Reset,
     /// The guest's kernel panicked.
     GuestPanic,

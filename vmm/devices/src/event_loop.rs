@@ -124,7 +124,7 @@ impl Events {
         stopping
     }
 
-    fn try_new() -> io::Result<Self> {
+    pub(crate) fn try_new() -> io::Result<Self> {
         let events = Self {
             epoll: Epoll::new()?,
             stop: EventFd::new(EFD_NONBLOCK)?,

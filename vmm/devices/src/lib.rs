@@ -21,6 +21,8 @@ mod acpi_pm;
 mod config_space;
 mod event_loop;
 mod fs;
+#[cfg(test)]
+mod hostile;
 mod ioapic;
 mod pvpanic;
 mod rng;

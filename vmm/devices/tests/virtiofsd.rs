@@ -149,6 +149,11 @@ impl Guest {
             .expect("activates");
     }
 
+    /// Of earlier requests, the interrupt may come after their replies.
+    fn wait_for(&self, wanted: Raised) {
+        while self.raised.recv_timeout(PATIENCE).expect("raised") != wanted {}
+    }
+
     fn share(&self) -> &Path {
         self.server.share.path()
     }
@@ -406,7 +411,7 @@ fn request_without_header_or_room_asks_for_reset_and_the_driver_can_start_anew()
     let Some(mut guest) = start() else { return };
     guest.offer(&[0; 39], &[], 100);
     guest.requests.kick();
-    assert_eq!(guest.raised.recv_timeout(PATIENCE), Ok(Raised::NeedsReset));
+    guest.wait_for(Raised::GuestFault);
     guest.device.reset();
     guest.pending.clear();
     guest.start_anew();
@@ -414,7 +419,7 @@ fn request_without_header_or_room_asks_for_reset_and_the_driver_can_start_anew()
     let header = guest.header(9999, ROOT, 0);
     guest.offer(&header, &[], 15);
     guest.requests.kick();
-    assert_eq!(guest.raised.recv_timeout(PATIENCE), Ok(Raised::NeedsReset));
+    guest.wait_for(Raised::GuestFault);
     guest.device.reset();
     assert!(guest.failed.try_recv().is_err());
 }
@@ -431,7 +436,7 @@ fn head_offered_twice_asks_for_reset() {
     }
     guest.requests.publish(head);
     guest.requests.kick();
-    while guest.raised.recv_timeout(PATIENCE).expect("raised") != Raised::NeedsReset {}
+    guest.wait_for(Raised::GuestFault);
     guest.device.reset();
     // The server gave back what it had: the reset did not have to give it up.
     assert!(guest.failed.try_recv().is_err());
@@ -452,7 +457,7 @@ fn forget_goes_by_the_priority_queue_and_only_that_kind() {
     };
     let head = guest.priority.offer(&[readable(at, forget.len())]);
     guest.priority.kick();
-    assert_eq!(guest.raised.recv_timeout(PATIENCE), Ok(Raised::Used(0)));
+    guest.wait_for(Raised::Used(0));
     assert_eq!(guest.priority.take_used(), Some((head, 0)));
     let mut lookup = guest.header(LOOKUP, ROOT, 5);
     lookup.extend_from_slice(b"file\0");
@@ -468,7 +473,7 @@ fn forget_goes_by_the_priority_queue_and_only_that_kind() {
         },
     ]);
     guest.priority.kick();
-    assert_eq!(guest.raised.recv_timeout(PATIENCE), Ok(Raised::Used(0)));
+    guest.wait_for(Raised::Used(0));
     let mut error = [0; 4];
     guest
         .memory
@@ -513,6 +518,6 @@ fn server_that_dies_is_told_and_nothing_hangs() {
     guest.server.process.kill().expect("kill");
     let failure = guest.failed.recv_timeout(PATIENCE).expect("told");
     assert!(matches!(failure, ServerFailed::Ended { .. }), "{failure:?}");
-    assert_eq!(guest.raised.recv_timeout(PATIENCE), Ok(Raised::NeedsReset));
+    guest.wait_for(Raised::NeedsReset);
     guest.device.reset();
 }

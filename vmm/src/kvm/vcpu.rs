@@ -14,6 +14,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd};
 use thiserror::Error;
 use vmm_config::control::ExitReason;
+use vmm_sys_util::errno::Error as Errno;
 
 use super::kick::{self, Kickable};
 use super::{Vm, cpuid};
@@ -218,7 +219,7 @@ impl Vcpu {
     }
 }
 
-fn refused(id: u8, operation: &'static str) -> impl Fn(vmm_sys_util::errno::Error) -> VcpuError {
+fn refused(id: u8, operation: &'static str) -> impl Fn(Errno) -> VcpuError {
     move |errno| VcpuError::Ioctl {
         id,
         operation,
@@ -322,57 +323,112 @@ impl Drop for VcpuThreads {
 
 /// Runs a vCPU until it is stopped or the guest ends.
 fn run(kickable: &mut Kickable<'_>, id: u8, surroundings: &Surroundings, stop: &AtomicBool) {
-    let Surroundings {
-        ports,
-        mmio,
-        lifecycle,
-    } = surroundings;
+    let lifecycle = &surroundings.lifecycle;
+    let _guard = PanicGuard { id, lifecycle };
     while !stop.load(Ordering::Acquire) {
-        let failure = match kickable.vcpu().run() {
-            Ok(VcpuExit::IoIn(port, data)) => {
-                ports.read(port.into(), data);
-                continue;
-            }
-            Ok(VcpuExit::IoOut(port, data)) => {
-                ports.write(port.into(), data);
-                continue;
-            }
-            Ok(VcpuExit::MmioRead(address, data)) => {
-                mmio.read(address, data);
-                continue;
-            }
-            Ok(VcpuExit::MmioWrite(address, data)) => {
-                mmio.write(address, data);
-                continue;
-            }
-            // An interrupt that the guest made level-triggered has ended; lines here are edges, and
-            // nothing waits for it.
-            Ok(VcpuExit::IoapicEoi(_) | VcpuExit::Intr) => continue,
-            Ok(VcpuExit::Shutdown) => {
-                lifecycle.report_end(ExitReason::TripleFault);
-                return;
-            }
-            Ok(VcpuExit::InternalError) => None,
-            Ok(VcpuExit::FailEntry(reason, cpu)) => Some(format!(
-                "the host's CPU {cpu} refuses to enter the guest, hardware reason {reason:#x}"
-            )),
-            Ok(exit) => Some(format!("unexpected exit {exit:?}")),
-            // Interrupted by a signal; or, once for each vCPU that the guest starts, the state of
-            // which has just changed.
-            Err(errno) if matches!(errno.errno(), libc::EINTR | libc::EAGAIN) => {
-                kickable.vcpu().set_kvm_immediate_exit(0);
-                continue;
-            }
-            Err(errno) => Some(format!("KVM_RUN: {errno}")),
-        };
+        let next = handle(kickable.vcpu().run(), surroundings);
         let vcpu = kickable.vcpu();
-        let failure = failure.unwrap_or_else(|| internal_error(vcpu));
+        let failure = match next {
+            Next::Enter => continue,
+            Next::EnterUnlessStopped => {
+                vcpu.set_kvm_immediate_exit(0);
+                continue;
+            }
+            Next::End => return,
+            Next::Fail(failure) => failure,
+            Next::FailInternally => internal_error(vcpu),
+        };
         let error = match vcpu.get_regs() {
             Ok(regs) => format!("vCPU {id} at rip {:#x}: {failure}", regs.rip),
             Err(_) => format!("vCPU {id}: {failure}"),
         };
         lifecycle.report_end(ExitReason::VcpuFailed { error });
         return;
+    }
+}
+
+/// What a vCPU thread does after an exit.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    /// The guest goes on.
+    Enter,
+    /// It goes on if the interruption was not a kick.
+    EnterUnlessStopped,
+    /// The VM has ended.
+    End,
+    /// KVM cannot go on, and this is why.
+    Fail(String),
+    /// The same, and the vCPU's `kvm_run` page tells why.
+    FailInternally,
+}
+
+/// Does what the guest asks for.
+fn handle(exit: Result<VcpuExit<'_>, Errno>, surroundings: &Surroundings) -> Next {
+    let Surroundings {
+        ports,
+        mmio,
+        lifecycle,
+    } = surroundings;
+    match exit {
+        Ok(VcpuExit::IoIn(port, data)) => {
+            ports.read(port.into(), data);
+            Next::Enter
+        }
+        Ok(VcpuExit::IoOut(port, data)) => {
+            ports.write(port.into(), data);
+            // A guest that has powered itself off must not run on: it would say that it could not,
+            // and try other ways.
+            if lifecycle.is_ended() {
+                Next::End
+            } else {
+                Next::Enter
+            }
+        }
+        Ok(VcpuExit::MmioRead(address, data)) => {
+            mmio.read(address, data);
+            Next::Enter
+        }
+        Ok(VcpuExit::MmioWrite(address, data)) => {
+            mmio.write(address, data);
+            Next::Enter
+        }
+        // An interrupt that the guest made level-triggered has ended; lines here are edges, and
+        // nothing waits for it.
+        Ok(VcpuExit::IoapicEoi(_) | VcpuExit::Intr) => Next::Enter,
+        Ok(VcpuExit::Shutdown) => {
+            lifecycle.report_end(ExitReason::TripleFault);
+            Next::End
+        }
+        Ok(VcpuExit::InternalError) => Next::FailInternally,
+        Ok(VcpuExit::FailEntry(reason, cpu)) => Next::Fail(format!(
+            "the host's CPU {cpu} refuses to enter the guest, hardware reason {reason:#x}"
+        )),
+        Ok(exit) => Next::Fail(format!("unexpected exit {exit:?}")),
+        // Interrupted by a signal; or, once for each vCPU that the guest starts, the state of
+        // which has just changed.
+        Err(errno) if matches!(errno.errno(), libc::EINTR | libc::EAGAIN) => {
+            Next::EnterUnlessStopped
+        }
+        Err(errno) => Next::Fail(format!("KVM_RUN: {errno}")),
+    }
+}
+
+/// Ends the VM when a vCPU's thread panics: it would otherwise go on without
+/// that vCPU, and hang. Only in a build in which a panic does not abort.
+struct PanicGuard<'a> {
+    id: u8,
+    lifecycle: &'a Lifecycle,
+}
+
+impl Drop for PanicGuard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let error = format!(
+                "the thread of vCPU {} panicked; see the monitor's log",
+                self.id
+            );
+            self.lifecycle.report_end(ExitReason::VcpuFailed { error });
+        }
     }
 }
 
@@ -395,4 +451,76 @@ fn internal_error(vcpu: &mut VcpuFd) -> String {
         .map(|word| format!("{word:#x}"))
         .collect();
     format!("{what} ({}; {})", internal.suberror, data.join(" "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bus::Registers;
+    use crate::layout::ACPI_PM_PORTS;
+    use crate::platform::Power;
+
+    struct Panicking;
+
+    impl Registers for Panicking {
+        fn read(&mut self, _offset: u64, _data: &mut [u8]) {
+            panic!("as asked");
+        }
+        fn write(&mut self, _offset: u64, _data: &[u8]) {}
+    }
+
+    fn surroundings() -> Surroundings {
+        let lifecycle = Arc::new(Lifecycle::try_new().expect("event"));
+        let mut ports = Bus::default();
+        ports.attach("panicking", 1..=1, Panicking).expect("free");
+        let power = Power(Arc::clone(&lifecycle));
+        ports.attach("power", ACPI_PM_PORTS, power).expect("free");
+        Surroundings {
+            ports,
+            mmio: Bus::default(),
+            lifecycle,
+        }
+    }
+
+    #[test]
+    fn handle_power_off_does_not_enter_the_guest_again() {
+        let surroundings = surroundings();
+        let other = VcpuExit::IoOut(0x80, &[0]);
+        assert_eq!(handle(Ok(other), &surroundings), Next::Enter);
+        let port = *ACPI_PM_PORTS.start() as u16;
+        let power_off = VcpuExit::IoOut(port, &[(5 << 2) | (1 << 5)]);
+        assert_eq!(handle(Ok(power_off), &surroundings), Next::End);
+        let ended = surroundings.lifecycle.state().ended;
+        assert_eq!(ended, Some(ExitReason::PowerOff));
+    }
+
+    #[test]
+    fn handle_interruption_enters_again_and_any_other_error_fails() {
+        let surroundings = surroundings();
+        let interrupted = Err(Errno::new(libc::EINTR));
+        assert_eq!(handle(interrupted, &surroundings), Next::EnterUnlessStopped);
+        let failed = handle(Err(Errno::new(libc::EFAULT)), &surroundings);
+        assert!(matches!(failed, Next::Fail(_)), "{failed:?}");
+    }
+
+    #[test]
+    fn panic_of_a_device_model_ends_the_vm_and_names_the_vcpu() {
+        let surroundings = surroundings();
+        std::thread::scope(|scope| {
+            let vcpu = scope.spawn(|| {
+                let lifecycle = &surroundings.lifecycle;
+                let _guard = PanicGuard { id: 3, lifecycle };
+                handle(Ok(VcpuExit::IoIn(1, &mut [0])), &surroundings)
+            });
+            vcpu.join().expect_err("panics");
+        });
+        let ended = surroundings.lifecycle.state().ended;
+        let Some(ExitReason::VcpuFailed { error }) = ended else {
+            panic!("{ended:?}");
+        };
+        assert!(
+            error.starts_with("the thread of vCPU 3 panicked"),
+            "{error}"
+        );
+    }
 }

@@ -136,6 +136,11 @@ impl Segments {
         self.length == 0
     }
 
+    /// Descriptors that it is scattered over.
+    pub fn count(&self) -> usize {
+        self.list.len()
+    }
+
     /// Copies bytes from `offset` on into `buffer`.
     ///
     /// # Errors

@@ -1,5 +1,7 @@
 //! What every virtio device is to its transport.
 
+use std::error::Error as StdError;
+use std::io;
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -11,9 +13,8 @@ use crate::ActiveQueue;
 ///
 /// The transport owns the status register, feature negotiation and the queues'
 /// set-up; the device sees only a finished [`Activation`]. A device never
-/// trusts what it reads from guest memory, and never panics on it: on a fault
-/// of the guest it asks for a reset through [`Interrupt::needs_reset`], and
-/// goes idle.
+/// trusts what it reads from guest memory, and never panics on it: a fault of
+/// the guest it tells through [`Interrupt::guest_fault`], and goes idle.
 pub trait VirtioDevice: Send {
     /// Device type (virtio 1.2 section 5).
     fn device_type(&self) -> u32;
@@ -38,8 +39,8 @@ pub trait VirtioDevice: Send {
     /// once; the work is done on the device's own thread.
     ///
     /// # Errors
-    /// When the host lacks what the device needs. The transport then sets
-    /// `DEVICE_NEEDS_RESET`.
+    /// When the driver left out what the device needs, or the host lacks it.
+    /// The transport then sets `DEVICE_NEEDS_RESET`.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
     /// Stops serving, and gives back the queues with their positions. What the
@@ -85,17 +86,29 @@ pub trait Interrupt: Send + Sync {
     /// The device met an error that only a reset mends (virtio 1.2 section
     /// 2.1.2, `DEVICE_NEEDS_RESET`).
     fn needs_reset(&self);
+    /// The driver broke the device's protocol: that is counted, and the device
+    /// [needs a reset](Self::needs_reset).
+    fn guest_fault(&self, fault: &dyn StdError);
 }
 
 /// A device that cannot start.
 #[derive(Debug, Error)]
-#[error("{device} cannot start")]
-pub struct ActivateError {
-    /// Which device, as in "file system share".
-    pub device: String,
-    /// Why.
-    #[source]
-    pub source: std::io::Error,
+pub enum ActivateError {
+    /// The guest's fault: the driver left out queues that the device needs.
+    #[error("{device} cannot start: the driver did not set up all its queues")]
+    Queues {
+        /// Which device, as in "file system share".
+        device: String,
+    },
+    /// The host's fault: it lacks what the device needs.
+    #[error("{device} cannot start")]
+    Host {
+        /// Which device.
+        device: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// A state that is not this device's.

@@ -1,11 +1,12 @@
 //! The interrupt of a device on the mmio transport.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::error::Error;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::Interrupt;
+use crate::{Faulted, Interrupt};
 
 /// One line for everything, told apart by the interrupt status register
 /// (virtio 1.2 section 4.2.2).
@@ -13,15 +14,19 @@ pub(crate) struct MmioInterrupt {
     status: AtomicU32,
     config_generation: AtomicU32,
     needs_reset: AtomicBool,
+    guest_faults: AtomicU64,
+    faulted: Faulted,
     line: EventFd,
 }
 
 impl MmioInterrupt {
-    pub(crate) fn new(line: EventFd) -> Self {
+    pub(crate) fn new(line: EventFd, faulted: Faulted) -> Self {
         Self {
             status: AtomicU32::new(0),
             config_generation: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
+            guest_faults: AtomicU64::new(0),
+            faulted,
             line,
         }
     }
@@ -40,6 +45,11 @@ impl MmioInterrupt {
 
     pub(crate) fn is_reset_needed(&self) -> bool {
         self.needs_reset.load(Ordering::Acquire)
+    }
+
+    /// Faults that the device has told of, since it was made.
+    pub(crate) fn guest_faults(&self) -> u64 {
+        self.guest_faults.load(Ordering::Relaxed)
     }
 
     /// As after a reset of the device. The generation goes on counting, so
@@ -91,5 +101,13 @@ impl Interrupt for MmioInterrupt {
         if !self.needs_reset.swap(true, Ordering::AcqRel) {
             self.raise(VIRTIO_MMIO_INT_CONFIG);
         }
+    }
+
+    fn guest_fault(&self, fault: &dyn Error) {
+        // The first only: a guest could fill the host's log.
+        if self.guest_faults.fetch_add(1, Ordering::Relaxed) == 0 {
+            (self.faulted)(fault);
+        }
+        self.needs_reset();
     }
 }

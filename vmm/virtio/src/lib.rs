@@ -27,4 +27,4 @@ pub use chain::{Chain, ChainError, Segments};
 pub use device::{ActivateError, Activation, Interrupt, RestoreError, VirtioDevice};
 pub use mmio::{EmptySlot, MMIO_BYTES, MmioTransport};
 pub use queue::{ActiveQueue, QueueError};
-pub use transport::{QueueState, Transport, TransportError, TransportState};
+pub use transport::{Faulted, QueueState, Transport, TransportError, TransportState};

@@ -2,6 +2,7 @@
 //!
 //! Panics where a test has no use for an error.
 
+use std::error::Error;
 use std::num::Wrapping;
 use std::sync::{Arc, mpsc};
 
@@ -59,6 +60,11 @@ impl MockQueue {
     /// The addresses of descriptor table, available and used ring.
     pub fn addresses(&self) -> [u64; 3] {
         [self.descriptors, self.available, self.used]
+    }
+
+    /// Entries.
+    pub fn size(&self) -> u16 {
+        self.size
     }
 
     /// The device's side of it.
@@ -168,6 +174,8 @@ pub enum Raised {
     Config,
     /// The device needs a reset.
     NeedsReset,
+    /// The driver broke the device's protocol.
+    GuestFault,
 }
 
 struct MockInterrupt(mpsc::Sender<Raised>);
@@ -190,5 +198,9 @@ impl Interrupt for MockInterrupt {
 
     fn needs_reset(&self) {
         let _ = self.0.send(Raised::NeedsReset);
+    }
+
+    fn guest_fault(&self, _fault: &dyn Error) {
+        let _ = self.0.send(Raised::GuestFault);
     }
 }

@@ -10,7 +10,7 @@ use crate::{Chain, ChainError, Interrupt};
 /// A queue in use.
 ///
 /// Any error means that the driver broke the queue's protocol (virtio 1.2
-/// section 2.7): the device asks for a reset and goes idle.
+/// section 2.7): the device tells it as a guest fault and goes idle.
 pub struct ActiveQueue {
     /// Index of the queue in the device.
     pub index: u16,

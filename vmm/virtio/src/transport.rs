@@ -1,10 +1,16 @@
 //! What a driver sees of a device, whatever bus it is on.
 
+use std::error::Error as StdError;
+
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{ActivateError, RestoreError};
+
+/// Called with a device's first guest fault, on the device's thread or on that
+/// which writes its registers. Must not block.
+pub type Faulted = Box<dyn Fn(&dyn StdError) + Send + Sync>;
 
 /// A device's registers.
 ///
@@ -48,11 +54,13 @@ pub trait Transport: Send {
     /// memory.
     fn restore(&mut self, state: &TransportState) -> Result<(), TransportError>;
 
-    /// How often the driver did what it must not, since the transport was made.
+    /// How often the driver did what it must not, with the registers or with
+    /// the queues, since the transport was made.
     fn guest_faults(&self) -> u64;
 
-    /// Why the device could not start when the driver last asked for it; the
-    /// driver sees no more of it than `DEVICE_NEEDS_RESET`.
+    /// Why the host could not start the device when the driver last asked for
+    /// it; the driver sees no more of it than `DEVICE_NEEDS_RESET`. A fault of
+    /// the driver is counted instead.
     fn start_error(&self) -> Option<&ActivateError>;
 }
 

@@ -186,16 +186,13 @@ impl VirtioDevice for FileSystem {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let device = self.device_name();
-        let error = |reason: &str| ActivateError {
-            device: device.clone(),
-            source: io::Error::other(reason.to_owned()),
+        let Some(guest) = Guest::new(activation) else {
+            return Err(ActivateError::Queues { device });
         };
-        let guest =
-            Guest::new(activation).ok_or_else(|| error("the driver did not set up both queues"))?;
-        let relay = self
-            .relay
-            .take()
-            .ok_or_else(|| error("its file server has failed"))?;
+        let Some(relay) = self.relay.take() else {
+            let source = io::Error::other("its file server has failed");
+            return Err(ActivateError::Host { device, source });
+        };
         self.abandon.store(false, Ordering::Release);
         let service = Service {
             share: self.tag.clone(),
@@ -207,7 +204,7 @@ impl VirtioDevice for FileSystem {
         };
         let worker = service
             .spawn()
-            .map_err(|source| ActivateError { device, source })?;
+            .map_err(|source| ActivateError::Host { device, source })?;
         self.worker = Some(worker);
         Ok(())
     }

@@ -4,13 +4,14 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, VolatileSlice};
 use vmm_virtio::{Activation, ActiveQueue, Chain, ChainError, Interrupt, QueueError};
 
 use super::bounce::{Bounce, Slot, SlotKind};
 use super::request::{
     self, FUSE_DESTROY, FUSE_INIT, FUSE_INTERRUPT, FUSE_WRITE, IN_HEADER_BYTES, INIT_SETXATTR_EXT,
-    InHeader, MAX_REQUEST_BYTES, OUT_HEADER_BYTES, Refused, WRITE_PREFIX_BYTES,
+    InHeader, MAX_PAYLOAD_BYTES, MAX_REQUEST_BYTES, OUT_HEADER_BYTES, Refused, WRITE_PREFIX_BYTES,
 };
 use super::server::{QUEUES, Server, Trouble};
 use super::shadow_queue::{Part, Used};
@@ -19,25 +20,43 @@ use super::shadow_queue::{Part, Used};
 const PRIORITY: usize = 0;
 /// Largest error number of a reply: Linux takes 512 and more for broken.
 const MAX_ERRNO: i32 = 511;
+/// Requests taken from a queue of the guest before replies, and a wish to stop,
+/// get their turn: a guest that refills it as fast would keep both away.
+const REQUESTS_AT_A_TIME: usize = 128;
+/// Most descriptors of a request: a page each for the largest payload, which
+/// need not begin with one, and headers and arguments both ways. Bounds what a
+/// guest can make us keep of requests that wait.
+const MAX_DESCRIPTORS: usize = MAX_PAYLOAD_BYTES / 4096 + 16;
 
 /// Why the relay cannot go on.
 #[derive(Debug)]
 pub(super) enum Fault {
     /// The guest's driver is broken.
-    Guest,
+    Guest(GuestFault),
     /// The file server is.
     Server(Trouble),
 }
 
+/// In what way the guest's driver is broken.
+#[derive(Debug, Error)]
+pub(super) enum GuestFault {
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    #[error("request {head} is offered again before it was given back")]
+    OfferedAgain { head: u16 },
+}
+
 impl From<QueueError> for Fault {
-    fn from(_: QueueError) -> Self {
-        Self::Guest
+    fn from(error: QueueError) -> Self {
+        Self::Guest(error.into())
     }
 }
 
 impl From<ChainError> for Fault {
-    fn from(_: ChainError) -> Self {
-        Self::Guest
+    fn from(error: ChainError) -> Self {
+        Self::Guest(error.into())
     }
 }
 
@@ -81,7 +100,7 @@ impl Guest {
         };
         match self.taken[queue].get_mut(usize::from(chain.head)) {
             Some(taken) if !*taken => *taken = true,
-            _ => return Err(Fault::Guest),
+            _ => return Err(Fault::Guest(GuestFault::OfferedAgain { head: chain.head })),
         }
         Ok(Some(chain))
     }
@@ -195,31 +214,38 @@ impl Relay {
     }
 
     /// Takes what the guest asks for, as far as there are slots. With
-    /// `new_ones` false, only what was taken from its queues before.
-    pub(super) fn take_requests(&mut self, guest: &mut Guest, new_ones: bool) -> Result<(), Fault> {
+    /// `new_ones` false, only what was taken from its queues before. True when
+    /// there may be more, of which nobody will tell.
+    pub(super) fn take_requests(
+        &mut self,
+        guest: &mut Guest,
+        new_ones: bool,
+    ) -> Result<bool, Fault> {
         let outcome = self.admit_all(guest, new_ones);
         // Also when the guest made a mistake: what was admitted before it has
         // to come back.
         for queue in &mut self.server.queues {
             queue.notify(self.server.bounce.memory())?;
         }
-        outcome?;
-        guest.signal()
+        let more = outcome?;
+        guest.signal()?;
+        Ok(more)
     }
 
-    fn admit_all(&mut self, guest: &mut Guest, new_ones: bool) -> Result<(), Fault> {
+    fn admit_all(&mut self, guest: &mut Guest, new_ones: bool) -> Result<bool, Fault> {
         while let Some(chain) = self.waiting.pop_front() {
             if let Admission::NoSlot(_, chain) = self.admit(guest, PRIORITY + 1, chain)? {
                 self.waiting.push_front(chain);
                 break;
             }
         }
+        let mut more = false;
         if new_ones {
             for queue in 0..QUEUES {
-                self.take_from(guest, queue)?;
+                more |= self.take_from(guest, queue)?;
             }
         }
-        Ok(())
+        Ok(more)
     }
 
     /// Gives the guest what the file server has returned.
@@ -237,13 +263,14 @@ impl Relay {
         guest.signal()
     }
 
-    fn take_from(&mut self, guest: &mut Guest, queue: usize) -> Result<(), Fault> {
-        loop {
+    /// True when it took all that it may take at a time.
+    fn take_from(&mut self, guest: &mut Guest, queue: usize) -> Result<bool, Fault> {
+        for _ in 0..REQUESTS_AT_A_TIME {
             let Some(chain) = guest.pop(queue)? else {
                 if guest.queues[queue].listen(&guest.memory)? {
                     continue;
                 }
-                return Ok(());
+                return Ok(false);
             };
             match self.admit(guest, queue, chain)? {
                 Admission::Done => {}
@@ -251,10 +278,11 @@ impl Relay {
                 Admission::NoSlot(_, chain) => {
                     // It stays with the guest until a reply frees a slot.
                     guest.undo_pop(queue, &chain);
-                    return Ok(());
+                    return Ok(false);
                 }
             }
         }
+        Ok(true)
     }
 
     /// Checks a request, and passes it on or answers it.
@@ -272,7 +300,8 @@ impl Relay {
         let einval = Refused(nix::libc::EINVAL);
         // Section 5.11.6.2: interrupts and forgets only.
         let misplaced = queue == PRIORITY && !fields.is_without_reply();
-        if misplaced || total > MAX_REQUEST_BYTES {
+        let scattered = chain.readable.count() + chain.writable.count() > MAX_DESCRIPTORS;
+        if misplaced || scattered || total > MAX_REQUEST_BYTES {
             return refuse(guest, queue, &chain, fields, einval);
         }
         let parsed = if fields.opcode == FUSE_WRITE {

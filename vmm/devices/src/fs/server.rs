@@ -29,13 +29,13 @@ const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::
 #[derive(Debug, Error)]
 pub enum ServerFailed {
     /// It closed its socket.
-    #[error("file server of share {share} ended; check its log")]
+    #[error("file server (virtiofsd) of share {share} ended; check its log")]
     Ended {
         /// The share's tag.
         share: String,
     },
     /// It does not speak vhost-user as it should.
-    #[error("file server of share {share} cannot be set up; check its log")]
+    #[error("file server (virtiofsd) of share {share} cannot be set up; check its log")]
     SetUp {
         /// The share's tag.
         share: String,
@@ -55,7 +55,7 @@ pub enum ServerFailed {
         offered: u64,
     },
     /// It returned what it was never given, or a reply that is none.
-    #[error("file server of share {share} broke its protocol: {what}")]
+    #[error("file server (virtiofsd) of share {share} broke its protocol: {what}")]
     Protocol {
         /// The share's tag.
         share: String,

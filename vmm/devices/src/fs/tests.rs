@@ -50,7 +50,7 @@ fn server_that_has_ended_is_told_once_and_the_device_does_not_start_again() {
     assert!(matches!(failure, ServerFailed::Ended { .. }), "{failure:?}");
     assert_eq!(
         failure.to_string(),
-        "file server of share share ended; check its log"
+        "file server (virtiofsd) of share share ended; check its log"
     );
     assert_eq!(raised.recv_timeout(LONG), Ok(Raised::NeedsReset));
     device.reset();

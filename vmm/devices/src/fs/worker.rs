@@ -55,8 +55,8 @@ impl Service {
 
     fn serve(&mut self, events: &Events) {
         let mut outcome = self.relay_until_stop(events);
-        if matches!(outcome, Err(Fault::Guest)) {
-            self.guest.interrupt.needs_reset();
+        if let Err(Fault::Guest(fault)) = &outcome {
+            self.guest.interrupt.guest_fault(fault);
             events.wait_for_stop();
             // What the file server still has is given back to nobody.
             self.abandon.store(true, Ordering::Release);
@@ -76,13 +76,17 @@ impl Service {
         self.relay.server.start()?;
         loop {
             self.relay.take_replies(&mut self.guest)?;
-            self.relay.take_requests(&mut self.guest, true)?;
-            let timeout = self.relay.can_release().then_some(IDLE);
+            let more = self.relay.take_requests(&mut self.guest, true)?;
+            let timeout = if more {
+                Some(Duration::ZERO)
+            } else {
+                self.relay.can_release().then_some(IDLE)
+            };
             let (stopping, happened) = self.wait(events, timeout)?;
             if stopping {
                 return Ok(());
             }
-            if !happened && self.relay.can_release() {
+            if !more && !happened && self.relay.can_release() {
                 self.relay.release()?;
             }
         }
@@ -92,20 +96,30 @@ impl Service {
     /// queues.
     fn drain(&mut self, events: &Events) -> Result<(), Fault> {
         loop {
-            match self.relay.take_replies(&mut self.guest) {
-                Err(Fault::Guest) => self.abandon.store(true, Ordering::Release),
+            match self.finish_some() {
+                Err(Fault::Guest(fault)) => {
+                    self.guest.interrupt.guest_fault(&fault);
+                    self.abandon.store(true, Ordering::Release);
+                    // Replies that came with that one are told by no event.
+                    continue;
+                }
                 outcome => outcome?,
             }
             let abandon = self.abandon.load(Ordering::Acquire);
-            if !abandon {
-                self.relay.take_requests(&mut self.guest, false)?;
-            }
             if !self.relay.has_in_flight() && (abandon || !self.relay.has_waiting()) {
                 break;
             }
             self.wait(events, None)?;
         }
         Ok(self.relay.server.stop()?)
+    }
+
+    fn finish_some(&mut self) -> Result<(), Fault> {
+        self.relay.take_replies(&mut self.guest)?;
+        if !self.abandon.load(Ordering::Acquire) {
+            self.relay.take_requests(&mut self.guest, false)?;
+        }
+        Ok(())
     }
 
     /// Sleeps; tells whether to stop, and whether anything happened.
@@ -127,10 +141,16 @@ impl Service {
             };
         })?;
         if ended {
-            // Its last replies are still good.
-            self.relay.take_replies(&mut self.guest)?;
+            // Its last replies are still good; a guest that does not take them changes nothing.
+            match self.relay.take_replies(&mut self.guest) {
+                Err(Fault::Guest(_)) => {}
+                outcome => outcome?,
+            }
             return Err(Fault::Server(Trouble::Ended));
         }
         Ok((!goes_on, happened))
     }
 }
+
+#[cfg(test)]
+mod tests;

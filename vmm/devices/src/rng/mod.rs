@@ -12,6 +12,8 @@ use vmm_virtio::{ActivateError, Activation, ActiveQueue, RestoreError, VirtioDev
 use crate::event_loop::Worker;
 use worker::Service;
 
+const DEVICE: &str = "entropy device";
+
 /// Gives the guest random bytes of the host's kernel. It has no configuration
 /// and, apart from its queue, no state.
 #[derive(Default)]
@@ -50,11 +52,7 @@ impl VirtioDevice for Rng {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let worker = Service::spawn(activation).map_err(|source| ActivateError {
-            device: "entropy device".to_owned(),
-            source,
-        })?;
-        self.worker = Some(worker);
+        self.worker = Some(Service::spawn(activation)?);
         Ok(())
     }
 

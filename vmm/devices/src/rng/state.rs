@@ -11,5 +11,5 @@ pub(super) fn save() -> Vec<u8> {
 }
 
 pub(super) fn restore(state: &[u8]) -> Result<(), RestoreError> {
-    saved::decode("entropy device", VERSION, state)
+    saved::decode(super::DEVICE, VERSION, state)
 }

@@ -1,11 +1,11 @@
 //! The thread that fills the guest's buffers.
 
-use std::io;
 use std::sync::Arc;
 
 use vm_memory::GuestMemoryMmap;
-use vmm_virtio::{Activation, ActiveQueue, Interrupt, QueueError};
+use vmm_virtio::{ActivateError, Activation, ActiveQueue, Interrupt, QueueError};
 
+use super::DEVICE;
 use crate::event_loop::{Events, Worker};
 
 /// Most bytes for one request, whatever its buffer holds: a guest asks for a
@@ -22,40 +22,51 @@ pub(super) struct Service {
 }
 
 impl Service {
-    pub(super) fn spawn(activation: Activation) -> io::Result<Worker<Self>> {
-        let queue = activation
-            .queues
-            .into_iter()
-            .next()
-            .ok_or_else(|| io::Error::other("the driver set up no queue"))?;
-        let service = Self {
-            queue,
-            memory: activation.memory,
-            interrupt: activation.interrupt,
-        };
+    pub(super) fn spawn(activation: Activation) -> Result<Worker<Self>, ActivateError> {
+        let service = Self::try_new(activation)?;
+        let device = DEVICE.to_owned();
         Worker::spawn(
             "rng",
             service,
             |service, events| events.watch_event(&service.queue.notified, QUEUE),
             Self::serve,
         )
+        .map_err(|source| ActivateError::Host { device, source })
+    }
+
+    pub(super) fn try_new(activation: Activation) -> Result<Self, ActivateError> {
+        let device = DEVICE.to_owned();
+        let Some(queue) = activation.queues.into_iter().next() else {
+            return Err(ActivateError::Queues { device });
+        };
+        Ok(Self {
+            queue,
+            memory: activation.memory,
+            interrupt: activation.interrupt,
+        })
     }
 
     fn serve(&mut self, events: &Events) {
         loop {
             let _ = self.queue.notified.read();
-            if self.fill_buffers(events).is_err() {
-                self.interrupt.needs_reset();
+            if let Err(fault) = self.fill_buffers(events) {
+                self.interrupt.guest_fault(&fault);
                 events.wait_for_stop();
                 return;
             }
-            if !matches!(events.wait(None, |_| ()), Ok(true)) {
-                return;
+            match events.wait(None, |_| ()) {
+                Ok(true) => {}
+                Ok(false) => return,
+                // The guest has a generator of its own: no reason to end it.
+                Err(_) => {
+                    self.interrupt.needs_reset();
+                    return;
+                }
             }
         }
     }
 
-    fn fill_buffers(&mut self, events: &Events) -> Result<(), QueueError> {
+    pub(super) fn fill_buffers(&mut self, events: &Events) -> Result<(), QueueError> {
         loop {
             while let Some(chain) = self.queue.pop(&self.memory)? {
                 let mut random = [0; MAX_REQUEST_BYTES];

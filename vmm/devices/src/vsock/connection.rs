@@ -146,9 +146,7 @@ impl Connection {
                 if writable {
                     self.flush();
                 }
-                if self.hung_up && self.ended & SHUTDOWN_SEND != 0 {
-                    self.lose_client();
-                }
+                self.lose_client_if_over();
                 Verdict::Continue
             }
             Stage::Draining => {
@@ -233,6 +231,7 @@ impl Connection {
             self.readable = false;
         }
         self.end_writing_when_flushed();
+        self.lose_client_if_over();
         Verdict::Continue
     }
 
@@ -410,6 +409,15 @@ impl Connection {
         self.credit.forward(self.backlog.len() as u32);
         self.backlog = VecDeque::new();
         self.ended |= SHUTDOWN_RECEIVE;
+    }
+
+    /// The client has closed, and nothing that it sent before is still wanted:
+    /// no read will meet its end.
+    fn lose_client_if_over(&mut self) {
+        let is_read = self.ended & SHUTDOWN_SEND != 0 || self.guest_ended & SHUTDOWN_RECEIVE != 0;
+        if self.hung_up && is_read {
+            self.lose_client();
+        }
     }
 
     fn lose_client(&mut self) {

@@ -61,6 +61,7 @@ impl Guest {
             ready: Arc::new(move || {
                 let _ = knock.send(());
             }),
+            failed: Arc::new(|error| panic!("{error}")),
         })
         .expect("device");
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 32 << 20)]).expect("memory");
@@ -94,6 +95,26 @@ impl Guest {
         let mut guest = Self::start(64);
         guest.knock();
         guest
+    }
+
+    /// As a driver begins anew with a device that was reset.
+    pub(super) fn forget_queues(&mut self) {
+        self.write(0x1000, &vec![0; 0x2_0000]);
+        self.rx = MockQueue::new(&self.memory, 0x1000, 256);
+        self.tx = MockQueue::new(&self.memory, 0x10000, 256);
+        self.event = MockQueue::new(&self.memory, 0x20000, 16);
+        self.rx_heads.clear();
+        self.received.clear();
+    }
+
+    /// Resets the device and starts it again.
+    pub(super) fn start_anew(&mut self) {
+        self.device.reset();
+        self.forget_queues();
+        for index in 0..64 {
+            self.offer_rx(RX_BUFFERS + index * RX_BUFFER);
+        }
+        self.activate();
     }
 
     pub(super) fn activate(&mut self) {

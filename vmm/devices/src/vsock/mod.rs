@@ -6,9 +6,11 @@
 //! - `OK <port>\n`: the guest has accepted, and what follows is the stream;
 //! - `ERROR malformed\n`: it wrote something else;
 //! - `ERROR busy\n`: there are 1024 connections;
-//! - `ERROR refused\n`: nobody listens on this port in the guest.
+//! - `ERROR refused\n`: nobody listens on this port in the guest, or the
+//!   guest's driver has broken the device and must reset it.
 //!
-//! After an error the connection is closed. A client that connects before the
+//! After an error the connection is closed. A driver that breaks the device
+//! closes all connections. A client that connects before the
 //! guest is ready waits, without polling, until the guest knocks: it asks for
 //! a connection to the host's port [`READY_PORT`], which is refused like all
 //! that the guest asks for, and lets everybody in.
@@ -34,6 +36,7 @@ mod table;
 mod tests;
 mod worker;
 
+use std::io;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
@@ -57,6 +60,8 @@ const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 
 /// Called when the guest knocks.
 type Ready = Arc<dyn Fn() + Send + Sync>;
+/// Called when the host has failed the device.
+type Failed = Arc<dyn Fn(io::Error) + Send + Sync>;
 
 /// What a socket device needs.
 pub struct VsockConfig {
@@ -67,6 +72,9 @@ pub struct VsockConfig {
     /// Called on the device's thread when the guest is ready: once, and once
     /// more after each reset of the device. Must not block.
     pub ready: Arc<dyn Fn() + Send + Sync>,
+    /// Called once, on the device's thread, when the host does not let it go
+    /// on. Must not block. Nobody reaches the guest any more.
+    pub failed: Arc<dyn Fn(io::Error) + Send + Sync>,
 }
 
 /// The socket device.
@@ -76,6 +84,7 @@ pub struct Vsock {
     table: Option<Table>,
     worker: Option<Worker<Service>>,
     reset_due: bool,
+    failed: Failed,
 }
 
 impl Vsock {
@@ -84,11 +93,12 @@ impl Vsock {
     ///
     /// # Errors
     /// When the listener cannot be made non-blocking.
-    pub fn try_new(config: VsockConfig) -> std::io::Result<Self> {
+    pub fn try_new(config: VsockConfig) -> io::Result<Self> {
         let VsockConfig {
             guest_cid,
             listener,
             ready,
+            failed,
         } = config;
         listener.set_nonblocking(true)?;
         Ok(Self {
@@ -96,6 +106,7 @@ impl Vsock {
             table: Some(Table::new(guest_cid, listener, ready)),
             worker: None,
             reset_due: false,
+            failed,
         })
     }
 }
@@ -121,13 +132,8 @@ impl VirtioDevice for Vsock {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let worker =
-            Service::spawn(&mut self.table, self.reset_due, activation).map_err(|source| {
-                ActivateError {
-                    device: DEVICE.to_owned(),
-                    source,
-                }
-            })?;
+        let failed = Arc::clone(&self.failed);
+        let worker = Service::spawn(&mut self.table, self.reset_due, activation, failed)?;
         self.worker = Some(worker);
         Ok(())
     }

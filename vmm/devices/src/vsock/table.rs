@@ -24,7 +24,7 @@ use crate::event_loop::Events;
 pub(super) const MAX_CONNECTIONS: usize = 1024;
 /// Replies that may wait for the guest to take them, before its packets are
 /// left in its queue (virtio 1.2 section 5.10.6.1).
-const MAX_RESETS: usize = 256;
+pub(super) const MAX_RESETS: usize = 256;
 /// Ports of the host's side, given out in turn. Linux gives its own sockets
 /// ports from 1024 up; from here they are easily told apart in a trace.
 const FIRST_HOST_PORT: u32 = 1 << 30;
@@ -46,6 +46,8 @@ pub(super) struct Table {
     guest_ready: bool,
     /// False while the process has no descriptors left for more clients.
     accepting: bool,
+    /// Nobody is let in: the guest's driver has to reset the device first.
+    closed: bool,
     /// By host port.
     connections: BTreeMap<u32, Connection>,
     next_port: u32,
@@ -63,6 +65,7 @@ impl Table {
             ready,
             guest_ready: false,
             accepting: true,
+            closed: false,
             connections: BTreeMap::new(),
             next_port: FIRST_HOST_PORT,
             turns: VecDeque::new(),
@@ -88,6 +91,19 @@ impl Table {
         self.turns.clear();
         self.resets.clear();
         self.guest_ready = false;
+        self.closed = false;
+    }
+
+    /// Closes every connection, and turns away those to come, until a
+    /// [`reset`](Self::reset).
+    pub(super) fn close(&mut self, events: &Events) {
+        self.reset();
+        self.closed = true;
+        self.accept_again(events);
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed
     }
 
     pub(super) fn is_guest_ready(&self) -> bool {
@@ -108,6 +124,11 @@ impl Table {
     /// Packets of the guest can be answered.
     pub(super) fn takes_packets(&self) -> bool {
         self.resets.len() < MAX_RESETS
+    }
+
+    #[cfg(test)]
+    pub(super) fn waiting_resets(&self) -> usize {
+        self.resets.len()
     }
 
     /// Handles an event of the listener or a client.
@@ -231,6 +252,10 @@ impl Table {
     }
 
     fn take_in(&mut self, events: &Events, stream: UnixStream) {
+        if self.closed {
+            turn_away(&stream, "refused");
+            return;
+        }
         if self.connections.len() >= MAX_CONNECTIONS && !self.drop_a_remnant() {
             turn_away(&stream, "busy");
             return;
@@ -428,6 +453,11 @@ impl Table {
             Verdict::Remove => {}
         }
         self.connections.remove(&port);
+        self.accept_again(events);
+    }
+
+    /// Connections have ended, and with them the want of descriptors.
+    fn accept_again(&mut self, events: &Events) {
         if !self.accepting
             && events
                 .watch(self.listener.as_fd(), LISTENER, EventSet::IN)

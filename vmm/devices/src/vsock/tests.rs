@@ -6,7 +6,7 @@ use std::sync::{Arc, mpsc};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_virtio::VirtioDevice;
-use vmm_virtio::mock::{Buffer, MockQueue, Raised};
+use vmm_virtio::mock::{Buffer, Raised};
 
 use super::credit::BUF_ALLOC;
 use super::fake_guest::{
@@ -372,8 +372,56 @@ fn packet_shorter_than_it_says_asks_for_reset() {
     guest.write(TX_BUFFERS, &header.encode());
     guest.tx.offer(&[readable(TX_BUFFERS, 60)]);
     guest.tx.kick();
-    while guest.listen() != Raised::NeedsReset {}
+    while guest.listen() != Raised::GuestFault {}
     guest.device.reset();
+}
+
+#[test]
+fn fault_of_the_guest_ends_all_clients_until_a_reset_lets_them_in_again() {
+    let mut guest = Guest::started();
+    let (mut client, _) = guest.established(7);
+    guest.tx.publish(guest.tx.size());
+    guest.tx.kick();
+    while guest.listen() != Raised::GuestFault {}
+    // Neither those that are connected nor others are kept waiting.
+    let mut got = Vec::new();
+    client.read_to_end(&mut got).expect("read");
+    assert_eq!(got, b"");
+    let mut late = guest.client();
+    let mut answer = String::new();
+    late.read_to_string(&mut answer).expect("read");
+    assert_eq!(answer, "ERROR refused\n");
+    guest.start_anew();
+    guest.knock();
+    guest.established(7);
+}
+
+#[test]
+fn client_that_closes_after_the_guest_will_not_receive_is_told_to_the_guest() {
+    let mut guest = Guest::started();
+    let (client, socket) = guest.established(7);
+    guest.send_on(socket, OP_SHUTDOWN, SHUTDOWN_RECEIVE, &[]);
+    drop(client);
+    let (end, _) = guest.receive();
+    assert_eq!((end.op, end.flags), (OP_SHUTDOWN, SHUTDOWN_BOTH));
+}
+
+#[test]
+fn client_that_closes_before_the_guest_will_not_receive_is_told_to_the_guest() {
+    let mut guest = Guest::started();
+    let (mut client, mut socket) = guest.requested(7);
+    // Without room its bytes stay unread, and its end unseen.
+    socket.buf_alloc = 0;
+    guest.send_on(socket, OP_RESPONSE, 0, &[]);
+    assert_eq!(line(&client), "OK 7\n");
+    client.write_all(b"unread").expect("write");
+    assert_eq!(guest.receive().0.op, OP_CREDIT_REQUEST);
+    drop(client);
+    // When a later client is served, the end of the first has been seen.
+    let (_later, _) = guest.requested(8);
+    guest.send_on(socket, OP_SHUTDOWN, SHUTDOWN_RECEIVE, &[]);
+    let (end, _) = guest.receive();
+    assert_eq!((end.op, end.flags), (OP_SHUTDOWN, SHUTDOWN_BOTH));
 }
 
 #[test]
@@ -392,7 +440,7 @@ fn rx_buffer_without_room_asks_for_reset() {
     guest.write(TX_BUFFERS, &header.encode());
     guest.tx.offer(&[readable(TX_BUFFERS, 44)]);
     guest.tx.kick();
-    while guest.listen() != Raised::NeedsReset {}
+    while guest.listen() != Raised::GuestFault {}
 }
 
 #[test]
@@ -414,10 +462,7 @@ fn restore_tells_the_guest_that_connections_are_gone() {
     let mut restored = Guest::start(8);
     restored.device.reset();
     restored.device.restore(&state).expect("restores");
-    restored.rx = MockQueue::new(&restored.memory, 0x1000, 256);
-    restored.tx = MockQueue::new(&restored.memory, 0x10000, 256);
-    restored.event = MockQueue::new(&restored.memory, 0x20000, 16);
-    restored.rx_heads.clear();
+    restored.forget_queues();
     restored.write(0x30000, &[0xff; 4]);
     restored.event.offer(&[Buffer {
         address: 0x30000,
@@ -445,6 +490,7 @@ fn restore_of_another_guests_state_is_refused() {
         guest_cid: 4,
         listener,
         ready: Arc::new(|| ()),
+        failed: Arc::new(|_| ()),
     })
     .expect("device");
     let guest = Guest::start(0);

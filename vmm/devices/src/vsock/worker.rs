@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
-use vmm_virtio::{Activation, ActiveQueue, ChainError, Interrupt, QueueError};
+use vmm_virtio::{ActivateError, Activation, ActiveQueue, ChainError, Interrupt, QueueError};
 
 use super::table::Table;
+use super::{DEVICE, Failed};
 use crate::event_loop::{Events, Worker};
 
 /// Tokens of the queues; the table's begin with the ports of its connections.
@@ -31,6 +32,7 @@ pub(super) struct Service {
     pub(super) reset_due: bool,
     memory: GuestMemoryMmap,
     interrupt: Arc<dyn Interrupt>,
+    failed: Failed,
 }
 
 /// The guest's driver is broken.
@@ -49,16 +51,29 @@ impl Service {
         table: &mut Option<Table>,
         reset_due: bool,
         activation: Activation,
-    ) -> io::Result<Worker<Self>> {
+        failed: Failed,
+    ) -> Result<Worker<Self>, ActivateError> {
+        let service = Self::try_new(table, reset_due, activation, failed)?;
+        let device = DEVICE.to_owned();
+        Worker::spawn("vsock", service, Self::prepare, Self::serve)
+            .map_err(|source| ActivateError::Host { device, source })
+    }
+
+    fn try_new(
+        table: &mut Option<Table>,
+        reset_due: bool,
+        activation: Activation,
+        failed: Failed,
+    ) -> Result<Self, ActivateError> {
+        let device = DEVICE.to_owned();
         let Ok([rx, tx, event]) = <[ActiveQueue; 3]>::try_from(activation.queues) else {
-            return Err(io::Error::other(
-                "the driver did not set up all three queues",
-            ));
+            return Err(ActivateError::Queues { device });
         };
-        let table = table
-            .take()
-            .ok_or_else(|| io::Error::other("an earlier start failed"))?;
-        let service = Self {
+        let Some(table) = table.take() else {
+            let source = io::Error::other("an earlier start failed");
+            return Err(ActivateError::Host { device, source });
+        };
+        Ok(Self {
             table,
             rx,
             tx,
@@ -66,8 +81,8 @@ impl Service {
             reset_due,
             memory: activation.memory,
             interrupt: activation.interrupt,
-        };
-        Worker::spawn("vsock", service, Self::prepare, Self::serve)
+            failed,
+        })
     }
 
     fn prepare(&mut self, events: &Events) -> io::Result<()> {
@@ -79,32 +94,55 @@ impl Service {
 
     fn serve(&mut self, events: &Events) {
         loop {
-            let Ok(more) = self.work(events) else {
-                self.interrupt.needs_reset();
-                events.wait_for_stop();
-                return;
-            };
-            let timeout = more.then_some(Duration::ZERO);
-            let (table, rx, tx, event) = (&mut self.table, &self.rx, &self.tx, &self.event);
-            let goes_on = events.wait(timeout, |happened| {
-                // Non-blocking: empties the counter.
-                let _ = match happened.token {
-                    RX => rx.notified.read(),
-                    TX => tx.notified.read(),
-                    EVENT => event.notified.read(),
-                    token => {
-                        table.handle_event(events, token, happened.events);
-                        Ok(0)
-                    }
-                };
-            });
-            if !matches!(goes_on, Ok(true)) {
+            let more = self.work_unless_broken(events);
+            let waited = self.wait(events, more.then_some(Duration::ZERO));
+            if !self.goes_on(waited) {
                 return;
             }
         }
     }
 
-    /// Moves what can be moved without waiting. True when there is more.
+    /// Sleeps, and handles what happened. False when the thread is to end.
+    fn wait(&mut self, events: &Events, timeout: Option<Duration>) -> io::Result<bool> {
+        let (table, rx, tx, event) = (&mut self.table, &self.rx, &self.tx, &self.event);
+        events.wait(timeout, |happened| {
+            // Non-blocking: empties the counter.
+            let _ = match happened.token {
+                RX => rx.notified.read(),
+                TX => tx.notified.read(),
+                EVENT => event.notified.read(),
+                token => {
+                    table.handle_event(events, token, happened.events);
+                    Ok(0)
+                }
+            };
+        })
+    }
+
+    /// Whether to go on after a wait. That the host lets nobody wait is told:
+    /// clients would wait for ever.
+    fn goes_on(&self, waited: io::Result<bool>) -> bool {
+        waited.unwrap_or_else(|error| {
+            (self.failed)(error);
+            self.interrupt.needs_reset();
+            false
+        })
+    }
+
+    /// Moves what can be moved without waiting. True when there is more. A
+    /// driver that breaks the device gets nothing more until it resets it, and
+    /// neither do the clients: they are told instead of kept waiting.
+    fn work_unless_broken(&mut self, events: &Events) -> bool {
+        if self.table.is_closed() {
+            return false;
+        }
+        self.work(events).unwrap_or_else(|fault| {
+            self.table.close(events);
+            self.interrupt.guest_fault(&fault);
+            false
+        })
+    }
+
     fn work(&mut self, events: &Events) -> Result<bool, Fault> {
         self.tell_reset()?;
         let more_packets = self.take_packets(events)?;
@@ -183,3 +221,6 @@ impl Service {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,8 +16,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::interrupt::MmioInterrupt;
 use crate::{
-    ActivateError, Activation, ActiveQueue, Interrupt, Transport, TransportError, TransportState,
-    VirtioDevice,
+    ActivateError, Activation, ActiveQueue, Faulted, Interrupt, Transport, TransportError,
+    TransportState, VirtioDevice,
 };
 
 pub use empty::EmptySlot;
@@ -54,13 +54,15 @@ pub struct MmioTransport {
     queue_select: u32,
     /// The device serves its queues.
     active: bool,
+    /// Those with the registers.
     guest_faults: u64,
     start_error: Option<ActivateError>,
 }
 
 impl MmioTransport {
     /// Puts a device behind registers. `irq` is written once for each
-    /// interrupt: an edge-triggered line, registered as `KVM_IRQFD`.
+    /// interrupt: an edge-triggered line, registered as `KVM_IRQFD`. `faulted`
+    /// is called once, when the driver first breaks the device's queues.
     ///
     /// # Errors
     /// When the device asks for an impossible queue, or the host has no
@@ -69,6 +71,7 @@ impl MmioTransport {
         device: Box<dyn VirtioDevice>,
         memory: GuestMemoryMmap,
         irq: EventFd,
+        faulted: Faulted,
     ) -> Result<Self, TransportError> {
         let mut queues = Vec::new();
         let mut events = Vec::new();
@@ -83,7 +86,7 @@ impl MmioTransport {
         Ok(Self {
             device,
             memory,
-            interrupt: Arc::new(MmioInterrupt::new(irq)),
+            interrupt: Arc::new(MmioInterrupt::new(irq, faulted)),
             events,
             queues,
             status: Status::default(),
@@ -260,6 +263,18 @@ impl MmioTransport {
     }
 
     fn activate(&mut self) {
+        self.start_error = None;
+        match self.try_activate() {
+            Ok(()) => self.active = true,
+            Err(error @ ActivateError::Queues { .. }) => self.interrupt.guest_fault(&error),
+            Err(error @ ActivateError::Host { .. }) => {
+                self.start_error = Some(error);
+                self.interrupt.needs_reset();
+            }
+        }
+    }
+
+    fn try_activate(&mut self) -> Result<(), ActivateError> {
         let event_idx = self.driver_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
         let mut queues = Vec::new();
         for (index, (setup, event)) in self.queues.iter().zip(&self.events).enumerate() {
@@ -267,10 +282,10 @@ impl MmioTransport {
             let Some(queue) = setup.queue(&self.memory, event_idx) else {
                 continue;
             };
-            let Ok(notified) = event.try_clone() else {
-                self.interrupt.needs_reset();
-                return;
-            };
+            let notified = event.try_clone().map_err(|source| ActivateError::Host {
+                device: format!("device of type {}", self.device.device_type()),
+                source,
+            })?;
             queues.push(ActiveQueue {
                 // Devices have few queues.
                 index: index as u16,
@@ -284,11 +299,7 @@ impl MmioTransport {
             queues,
             interrupt: self.interrupt.clone(),
         };
-        self.start_error = self.device.activate(activation).err();
-        self.active = self.start_error.is_none();
-        if !self.active {
-            self.interrupt.needs_reset();
-        }
+        self.device.activate(activation)
     }
 
     fn reset(&mut self) {
@@ -428,7 +439,7 @@ impl Transport for MmioTransport {
     }
 
     fn guest_faults(&self) -> u64 {
-        self.guest_faults
+        self.guest_faults + self.interrupt.guest_faults()
     }
 
     fn start_error(&self) -> Option<&ActivateError> {

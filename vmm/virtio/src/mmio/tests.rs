@@ -37,7 +37,14 @@ struct Recorder {
     interrupt: Arc<Mutex<Option<Arc<dyn Interrupt>>>>,
     queues: Vec<ActiveQueue>,
     config: [u8; 4],
-    refuses: bool,
+    refuses: Option<Refuses>,
+}
+
+/// Whose fault it is that it does not start.
+#[derive(Clone, Copy)]
+enum Refuses {
+    Guest,
+    Host,
 }
 
 impl VirtioDevice for Recorder {
@@ -64,11 +71,14 @@ impl VirtioDevice for Recorder {
         }
     }
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        if self.refuses {
-            return Err(ActivateError {
-                device: "recorder".to_owned(),
-                source: std::io::Error::other("as asked"),
-            });
+        let device = "recorder".to_owned();
+        match self.refuses {
+            None => {}
+            Some(Refuses::Guest) => return Err(ActivateError::Queues { device }),
+            Some(Refuses::Host) => {
+                let source = std::io::Error::other("as asked");
+                return Err(ActivateError::Host { device, source });
+            }
         }
         assert!(self.queues.is_empty(), "activated twice");
         let queues = activation.queues.iter().map(|queue| queue.index).collect();
@@ -109,9 +119,10 @@ struct Bench {
     told: mpsc::Receiver<Told>,
     interrupt: Arc<Mutex<Option<Arc<dyn Interrupt>>>>,
     irq: EventFd,
+    faults: mpsc::Receiver<String>,
 }
 
-fn bench_with(refuses: bool) -> Bench {
+fn bench_with(refuses: Option<Refuses>) -> Bench {
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("memory");
     let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
     let (tell, told) = mpsc::channel();
@@ -124,18 +135,23 @@ fn bench_with(refuses: bool) -> Bench {
         refuses,
     };
     let line = irq.try_clone().expect("eventfd");
-    let transport = MmioTransport::try_new(Box::new(device), memory.clone(), line);
+    let (fault, faults) = mpsc::channel();
+    let faulted = Box::new(move |error: &dyn std::error::Error| {
+        let _ = fault.send(error.to_string());
+    });
+    let transport = MmioTransport::try_new(Box::new(device), memory.clone(), line, faulted);
     Bench {
         transport: transport.expect("transport"),
         memory,
         told,
         interrupt,
         irq,
+        faults,
     }
 }
 
 fn bench() -> Bench {
-    bench_with(false)
+    bench_with(None)
 }
 
 impl Bench {
@@ -376,13 +392,42 @@ fn needs_reset_is_shown_and_raised_once_and_ends_with_a_reset() {
 }
 
 #[test]
-fn device_that_cannot_start_needs_reset() {
-    let mut bench = bench_with(true);
+fn guest_fault_is_shown_and_each_counted_and_the_first_told() {
+    let mut bench = bench();
+    bench.start();
+    let interrupt = bench.device_interrupt();
+    for fault in ["first", "second"] {
+        interrupt.guest_fault(&std::io::Error::other(fault));
+        assert_eq!(bench.status() & NEEDS_RESET, NEEDS_RESET);
+        assert!(bench.irq.read().is_ok());
+        bench.set_status(0);
+    }
+    assert_eq!(bench.transport.guest_faults(), 2);
+    assert_eq!(bench.faults.try_iter().collect::<Vec<_>>(), ["first"]);
+}
+
+#[test]
+fn device_that_the_host_cannot_start_needs_reset_and_keeps_the_reason() {
+    let mut bench = bench_with(Some(Refuses::Host));
     bench.start();
     assert_eq!(bench.status() & NEEDS_RESET, NEEDS_RESET);
     assert!(bench.irq.read().is_ok());
     let error = bench.transport.start_error().expect("kept");
     assert_eq!(error.to_string(), "recorder cannot start");
+    assert_eq!(bench.transport.guest_faults(), 0);
+}
+
+#[test]
+fn device_that_the_driver_keeps_from_starting_needs_reset_and_counts_it() {
+    let mut bench = bench_with(Some(Refuses::Guest));
+    bench.start();
+    assert_eq!(bench.status() & NEEDS_RESET, NEEDS_RESET);
+    assert!(bench.transport.start_error().is_none());
+    assert_eq!(bench.transport.guest_faults(), 1);
+    assert_eq!(
+        bench.faults.try_recv().expect("told"),
+        "recorder cannot start: the driver did not set up all its queues"
+    );
 }
 
 #[test]
