@@ -1,8 +1,10 @@
 //! The agent in the test node: runs commands for the node tool, over the protocol of this package's library.
 //!
-//! `node-agent ADDRESS:PORT` serves; `node-agent probe` says whether guests can run here (see `probe`).
+//! `node-agent ADDRESS:PORT` serves; `node-agent probe` says whether guests can run here (see `probe`); `node-agent hold`
+//! keeps a VM that never runs (see `hold`).
 
 mod claim;
+mod hold;
 mod probe;
 mod session;
 mod terminal;
@@ -14,13 +16,18 @@ use std::thread;
 
 fn main() -> ExitCode {
     let Some(address) = std::env::args().nth(1) else {
-        eprintln!("usage: node-agent ADDRESS:PORT | probe");
+        eprintln!("usage: node-agent ADDRESS:PORT | probe | hold");
         return ExitCode::from(2);
     };
-    if address == "probe" {
-        return probe();
+    match address.as_str() {
+        "probe" => probe(),
+        "hold" => hold(),
+        address => serve(address),
     }
-    let listener = match TcpListener::bind(&address) {
+}
+
+fn serve(address: &str) -> ExitCode {
+    let listener = match TcpListener::bind(address) {
         Ok(listener) => listener,
         Err(error) => {
             eprintln!("node-agent: listen on {address}: {error}");
@@ -52,6 +59,19 @@ fn probe() -> ExitCode {
         }
         Err(reason) => {
             println!("PROBE no guest runs: {reason}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Returns only when the VM cannot be made.
+fn hold() -> ExitCode {
+    match hold::hold() {
+        Ok(_held) => loop {
+            thread::park();
+        },
+        Err(reason) => {
+            eprintln!("node-agent hold: {reason}");
             ExitCode::FAILURE
         }
     }
