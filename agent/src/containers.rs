@@ -2,28 +2,37 @@
 
 use std::{
     collections::HashMap,
+    io,
+    os::fd::OwnedFd,
     path::{Component, Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use agent_container::{Container, ContainerStdio, CreateError, CreateOptions, ParseError};
+use agent_container::{
+    CgroupError, Container, ContainerStdio, CreateError, CreateOptions, ParseError, Process,
+    SignalError, StartError,
+};
 use agent_protocol::{
     POD_DIR, SHARE_DIR,
     api::{ProcessId, Stdio, stream_header::Kind},
 };
 use oci_spec::runtime::Spec;
 use thiserror::Error;
-use tokio::task::spawn_blocking;
+use tokio::{task::spawn_blocking, time::timeout};
 
 use crate::{
     guest::CONTAINERS_CGROUP,
-    pod,
+    pod::{self, PodError},
     reaper::{Exit, ExitWatch, Reaper},
-    stdio::{StreamTable, open_pipes},
+    stdio::{Pipes, StreamKey, StreamTable, open_pipes},
 };
 
 /// Longest identity: what containerd allows.
 const MAX_ID_BYTES: usize = 76;
+/// How long a killed process, of which the cgroup knows no more, may take to be
+/// reaped: the reaper has only to be scheduled.
+const REAP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What a caller can be told about a container.
 #[derive(Debug, Error)]
@@ -74,16 +83,58 @@ pub enum ContainerError {
         #[source]
         source: CreateError,
     },
-    /// A later step failed.
+    /// It is not there yet.
+    #[error("container {id:?} is still being created")]
+    Creating {
+        /// As asked for.
+        id: String,
+    },
+    /// A pipe or a descriptor of its terminal could not be had.
+    #[error("cannot open the standard streams of container {id:?}")]
+    Stdio {
+        /// As asked for.
+        id: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The program does not run.
+    #[error("cannot start container {id:?}")]
+    Start {
+        /// As asked for.
+        id: String,
+        /// Why.
+        #[source]
+        source: StartError,
+    },
+    /// The signal was not sent.
+    #[error("cannot signal container {id:?}")]
+    Signal {
+        /// As asked for.
+        id: String,
+        /// Why.
+        #[source]
+        source: SignalError,
+    },
+    /// The container's processes could not be found, or not be killed.
     #[error("cannot {what} container {id:?}")]
-    Operate {
+    Cgroup {
         /// Which step.
         what: &'static str,
         /// As asked for.
         id: String,
         /// Why.
         #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
+        source: CgroupError,
+    },
+    /// Its data did not reach the host.
+    #[error("cannot write back the files of container {id:?}")]
+    WriteBack {
+        /// As asked for.
+        id: String,
+        /// Why.
+        #[source]
+        source: PodError,
     },
 }
 
@@ -97,11 +148,20 @@ pub struct Containers {
 
 /// One container.
 struct Entry {
-    id: String,
-    pid: i32,
-    rootfs: PathBuf,
+    container: Arc<Container>,
+    /// By exec id; the init's is empty.
+    processes: HashMap<String, Running>,
+    /// Held by the one deletion that is under way. Nothing else waits: a
+    /// start that hangs in a file server must not keep the container from being
+    /// signalled and killed.
+    deletion: tokio::sync::Mutex<()>,
+}
+
+/// One process of a container.
+#[derive(Clone)]
+struct Running {
+    process: Arc<Process>,
     exit: ExitWatch,
-    container: Mutex<Container>,
 }
 
 impl Containers {
@@ -114,7 +174,8 @@ impl Containers {
         }
     }
 
-    /// Creates a container whose init waits to be started; returns its pid.
+    /// Creates a container whose init waits to be started; returns its pid. To be
+    /// run to its end: dropped half-way, the container exists and nobody knows it.
     ///
     /// # Errors
     /// When the identity is taken or the configuration cannot be a container.
@@ -127,47 +188,31 @@ impl Containers {
     ) -> Result<i32, ContainerError> {
         check_id(id)?;
         let spec = agent_container::parse(spec_json).map_err(ContainerError::Spec)?;
-        let rootfs = rootfs_of(&spec)?;
+        check_rootfs(&spec)?;
         let reservation = self.reserve(id)?;
         let this = Arc::clone(self);
         let stdio = stdio.clone();
         let id = id.to_owned();
-        let entry = spawn_blocking(move || this.create_blocking(id, &spec, rootfs, &stdio))
-            .await
-            .expect("creation does not panic")?;
-        let pid = entry.pid;
+        let entry = blocking(move || this.create_blocking(&id, &spec, &stdio)).await?;
+        let pid = entry.container.init().pid();
         reservation.fill(entry);
         Ok(pid)
     }
 
     fn create_blocking(
         &self,
-        id: String,
+        id: &str,
         spec: &Spec,
-        rootfs: PathBuf,
         stdio: &Stdio,
     ) -> Result<Arc<Entry>, ContainerError> {
-        let process = init_of(&id);
-        let operate = |what, source: std::io::Error| ContainerError::Operate {
-            what,
-            id: id.clone(),
-            source: source.into(),
+        let no_stdio = |source| ContainerError::Stdio {
+            id: id.to_owned(),
+            source,
         };
-        let (for_process, mut ours) = if stdio.terminal {
-            (ContainerStdio::Terminal, Vec::new())
-        } else {
-            let pipes = open_pipes(stdio).map_err(|source| operate("open pipes of", source))?;
-            let [stdin, stdout, stderr] = pipes.process;
-            let streams = ContainerStdio::Streams {
-                stdin,
-                stdout,
-                stderr,
-            };
-            (streams, pipes.agent)
-        };
+        let (for_process, mut ours) = open_stdio(stdio).map_err(no_stdio)?;
         let creation = self.reaper.creation();
-        let mut container = agent_container::create(CreateOptions {
-            id: &id,
+        let container = agent_container::create(CreateOptions {
+            id,
             spec,
             stdio: for_process,
             share_dir: Path::new(SHARE_DIR),
@@ -175,46 +220,52 @@ impl Containers {
             cgroup_root: Path::new(CONTAINERS_CGROUP),
         })
         .map_err(|source| ContainerError::Create {
-            id: id.clone(),
+            id: id.to_owned(),
             source,
         })?;
-        let exit = creation.watch(container.pid());
+        let init = Running {
+            process: Arc::clone(container.init()),
+            exit: creation.watch(container.init().pid()),
+        };
         for warning in container.warnings() {
             tracing::warn!(container = %id, "{warning}");
         }
-        if let Some(console) = container.take_console() {
+        if let Some(console) = container.init().take_console() {
             match console.try_clone() {
                 Ok(input) => ours = vec![(Kind::STDIN, input), (Kind::STDOUT, console)],
                 Err(source) => {
                     if let Err(error) = container.delete() {
                         tracing::error!(container = %id, %error, "left behind");
                     }
-                    return Err(operate("open terminal of", source));
+                    return Err(no_stdio(source));
                 }
             }
         }
-        self.streams.insert(&process, ours);
+        self.streams.insert(&init_of(id), ours);
         Ok(Arc::new(Entry {
-            pid: container.pid(),
-            rootfs,
-            exit,
-            container: Mutex::new(container),
-            id,
+            container: Arc::new(container),
+            processes: HashMap::from([(String::new(), init)]),
+            deletion: tokio::sync::Mutex::default(),
         }))
     }
 
-    /// Runs the user's program; returns the init's pid.
+    /// Runs the user's program; returns the process's pid.
     ///
     /// # Errors
     /// When it was started before, has ended, or cannot be executed.
     pub async fn start(&self, process: &ProcessId) -> Result<i32, ContainerError> {
-        let entry = self.find(process)?;
-        let pid = entry.pid;
-        entry.with_container("start", Container::start).await?;
+        let running = self.find(process)?;
+        let pid = running.process.pid();
+        blocking(move || running.process.start())
+            .await
+            .map_err(|source| ContainerError::Start {
+                id: process.container_id.clone(),
+                source,
+            })?;
         Ok(pid)
     }
 
-    /// Sends a signal to the init, or to every process of the container.
+    /// Sends a signal to a process, or to every process of the container.
     ///
     /// # Errors
     /// When the process has ended or the signal does not exist.
@@ -224,21 +275,23 @@ impl Containers {
         signal: i32,
         all: bool,
     ) -> Result<(), ContainerError> {
-        let entry = self.find(process)?;
-        if !all && entry.exit.borrow().is_some() {
-            return Err(ContainerError::Ended {
-                id: entry.id.clone(),
-            });
+        let id = process.container_id.clone();
+        let running = self.find(process)?;
+        if all {
+            let container = Arc::clone(&self.find_entry(process)?.container);
+            return blocking(move || container.signal_all(signal))
+                .await
+                .map_err(|source| ContainerError::Cgroup {
+                    what: "signal every process of",
+                    id,
+                    source,
+                });
         }
-        entry
-            .with_container("signal", move |container| {
-                if all {
-                    container.signal_all(signal)
-                } else {
-                    container.signal(signal)
-                }
-            })
-            .await
+        if running.exit.borrow().is_some() {
+            return Err(ContainerError::Ended { id });
+        }
+        let sent = running.process.signal(signal);
+        sent.map_err(|source| ContainerError::Signal { id, source })
     }
 
     /// Waits for the end of a process.
@@ -246,12 +299,7 @@ impl Containers {
     /// # Errors
     /// When there is no such process.
     pub async fn wait(&self, process: &ProcessId) -> Result<Exit, ContainerError> {
-        let mut exit = self.find(process)?.exit.clone();
-        let ended = exit
-            .wait_for(Option::is_some)
-            .await
-            .expect("the reaper keeps the sender until the end");
-        Ok(ended.expect("waited for"))
+        Ok(end_of(&mut self.find(process)?.exit).await)
     }
 
     /// Closes the standard input of a process.
@@ -260,8 +308,7 @@ impl Containers {
     /// When there is no such process.
     pub fn close_stdin(&self, process: &ProcessId) -> Result<(), ContainerError> {
         self.find(process)?;
-        self.streams
-            .close(&crate::stdio::StreamKey::new(process, Kind::STDIN));
+        self.streams.close(&StreamKey::new(process, Kind::STDIN));
         Ok(())
     }
 
@@ -270,36 +317,66 @@ impl Containers {
     /// # Errors
     /// When there is no such container.
     pub async fn pids(&self, id: &str) -> Result<Vec<i32>, ContainerError> {
-        let entry = self.find(&init_of(id))?;
-        entry
-            .with_container("list processes of", |container| container.pids())
+        let container = Arc::clone(&self.find_entry(&init_of(id))?.container);
+        blocking(move || container.pids())
             .await
+            .map_err(|source| ContainerError::Cgroup {
+                what: "list the processes of",
+                id: id.to_owned(),
+                source,
+            })
     }
 
     /// Kills what is left of a container, writes its files back and forgets
-    /// it. Succeeds with `None` when there is no such process.
+    /// it. Succeeds with `None` when there is no such process. To be run to its
+    /// end, as [`Self::create`].
     ///
     /// # Errors
-    /// When the container cannot be taken apart or its data cannot be written
-    /// back. It can be tried again.
+    /// When the container is being created, cannot be taken apart, or its data
+    /// cannot be written back. It can be tried again.
     pub async fn delete(&self, process: &ProcessId) -> Result<Option<Exit>, ContainerError> {
-        let Ok(entry) = self.find(process) else {
-            return Ok(None);
+        let mut running = match self.find(process) {
+            Err(ContainerError::NotFound { .. }) => return Ok(None),
+            found => found?,
         };
-        entry.with_container("delete", Container::delete).await?;
-        let exit = *entry.exit.borrow();
-        let (id, rootfs) = (entry.id.clone(), entry.rootfs.clone());
-        spawn_blocking(move || pod::write_back(&rootfs))
-            .await
-            .expect("writing back does not panic")
-            .map_err(|source| ContainerError::Operate {
-                what: "write back the files of",
-                id,
-                source: source.into(),
-            })?;
-        self.streams.remove(process);
-        self.lock().remove(&process.container_id);
+        let entry = self.find_entry(process)?;
+        let _one_at_a_time = entry.deletion.lock().await;
+        let id = &process.container_id;
+        if self.holds(id, &entry) {
+            self.take_apart(id, &entry, &mut running.exit).await?;
+            self.streams.remove(process);
+            self.lock().remove(id);
+        }
+        let exit = *running.exit.borrow();
         Ok(exit)
+    }
+
+    /// After it nothing of the container is left in the guest but its entry.
+    async fn take_apart(
+        &self,
+        id: &str,
+        entry: &Entry,
+        exit: &mut ExitWatch,
+    ) -> Result<(), ContainerError> {
+        let container = Arc::clone(&entry.container);
+        blocking(move || container.delete())
+            .await
+            .map_err(|source| ContainerError::Cgroup {
+                what: "delete",
+                id: id.to_owned(),
+                source,
+            })?;
+        // The caller is told how the init ended, and it has: it is about to be reaped.
+        if timeout(REAP_TIMEOUT, end_of(exit)).await.is_err() {
+            tracing::error!(container = %id, "the init is gone but not reaped");
+        }
+        let container = Arc::clone(&entry.container);
+        blocking(move || pod::write_back(container.root(), container.bind_sources()))
+            .await
+            .map_err(|source| ContainerError::WriteBack {
+                id: id.to_owned(),
+                source,
+            })
     }
 
     /// Identities of every container.
@@ -316,18 +393,27 @@ impl Containers {
         }
     }
 
-    fn find(&self, process: &ProcessId) -> Result<Arc<Entry>, ContainerError> {
-        let not_found = || ContainerError::NotFound {
-            container_id: process.container_id.clone(),
-            exec_id: process.exec_id.clone(),
-        };
-        if !process.exec_id.is_empty() {
-            return Err(not_found());
+    fn find(&self, process: &ProcessId) -> Result<Running, ContainerError> {
+        let entry = self.find_entry(process)?;
+        let running = entry.processes.get(&process.exec_id);
+        running.cloned().ok_or_else(|| not_found(process))
+    }
+
+    fn find_entry(&self, process: &ProcessId) -> Result<Arc<Entry>, ContainerError> {
+        match self.lock().get(&process.container_id) {
+            Some(Some(entry)) => Ok(Arc::clone(entry)),
+            Some(None) => Err(ContainerError::Creating {
+                id: process.container_id.clone(),
+            }),
+            None => Err(not_found(process)),
         }
-        self.lock()
-            .get(&process.container_id)
-            .and_then(Clone::clone)
-            .ok_or_else(not_found)
+    }
+
+    /// Whether the identity still means this container.
+    fn holds(&self, id: &str, entry: &Arc<Entry>) -> bool {
+        let table = self.lock();
+        let held = table.get(id).and_then(Option::as_ref);
+        held.is_some_and(|held| Arc::ptr_eq(held, entry))
     }
 
     fn reserve(self: &Arc<Self>, id: &str) -> Result<Reservation, ContainerError> {
@@ -344,35 +430,6 @@ impl Containers {
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<Entry>>>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Entry {
-    /// Runs a blocking operation on the container, one at a time.
-    async fn with_container<T, E>(
-        self: &Arc<Self>,
-        what: &'static str,
-        operation: impl FnOnce(&mut Container) -> Result<T, E> + Send + 'static,
-    ) -> Result<T, ContainerError>
-    where
-        T: Send + 'static,
-        E: std::error::Error + Send + Sync + 'static,
-    {
-        let entry = Arc::clone(self);
-        spawn_blocking(move || {
-            let mut container = entry
-                .container
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            operation(&mut container)
-        })
-        .await
-        .expect("container operations do not panic")
-        .map_err(|source| ContainerError::Operate {
-            what,
-            id: self.id.clone(),
-            source: source.into(),
-        })
     }
 }
 
@@ -405,6 +462,43 @@ fn init_of(container_id: &str) -> ProcessId {
     }
 }
 
+fn not_found(process: &ProcessId) -> ContainerError {
+    ContainerError::NotFound {
+        container_id: process.container_id.clone(),
+        exec_id: process.exec_id.clone(),
+    }
+}
+
+/// Runs what may block where that is allowed.
+async fn blocking<T: Send + 'static>(operation: impl FnOnce() -> T + Send + 'static) -> T {
+    spawn_blocking(operation)
+        .await
+        .expect("operations do not panic, and nobody cancels them")
+}
+
+async fn end_of(exit: &mut ExitWatch) -> Exit {
+    let ended = exit
+        .wait_for(Option::is_some)
+        .await
+        .expect("the reaper keeps the sender until the end");
+    ended.expect("waited for")
+}
+
+/// What the init gets, and our ends of it; those of a terminal come later.
+fn open_stdio(wanted: &Stdio) -> io::Result<(ContainerStdio, Vec<(Kind, OwnedFd)>)> {
+    if wanted.terminal {
+        return Ok((ContainerStdio::Terminal, Vec::new()));
+    }
+    let Pipes { process, agent } = open_pipes(wanted)?;
+    let [stdin, stdout, stderr] = process;
+    let streams = ContainerStdio::Streams {
+        stdin,
+        stdout,
+        stderr,
+    };
+    Ok((streams, agent))
+}
+
 /// An identity becomes a directory and a cgroup: it must be one plain name.
 fn check_id(id: &str) -> Result<(), ContainerError> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
@@ -416,7 +510,7 @@ fn check_id(id: &str) -> Result<(), ContainerError> {
     }
 }
 
-fn rootfs_of(spec: &Spec) -> Result<PathBuf, ContainerError> {
+fn check_rootfs(spec: &Spec) -> Result<(), ContainerError> {
     let path = spec
         .root()
         .as_ref()
@@ -427,7 +521,7 @@ fn rootfs_of(spec: &Spec) -> Result<PathBuf, ContainerError> {
             .all(|part| matches!(part, Component::Normal(_)))
     });
     if inside {
-        Ok(path)
+        Ok(())
     } else {
         Err(ContainerError::Rootfs { path })
     }
@@ -445,21 +539,34 @@ mod tests {
     }
 
     #[test]
-    fn rootfs_of_path_below_the_share_is_taken() {
+    fn check_rootfs_path_below_the_share_is_taken() {
         let path = format!("{SHARE_DIR}/containers/a/rootfs");
-        assert_eq!(
-            rootfs_of(&spec_with_root(&path)).expect("taken"),
-            PathBuf::from(path)
-        );
+        assert!(check_rootfs(&spec_with_root(&path)).is_ok());
     }
 
     #[test]
-    fn rootfs_of_path_that_climbs_out_of_the_share_is_refused() {
+    fn check_rootfs_path_that_climbs_out_of_the_share_is_refused() {
         let spec = spec_with_root(&format!("{SHARE_DIR}/../../../etc"));
         assert!(matches!(
-            rootfs_of(&spec),
+            check_rootfs(&spec),
             Err(ContainerError::Rootfs { .. })
         ));
+    }
+
+    fn containers() -> Arc<Containers> {
+        let (reaper, streams) = (Arc::default(), Arc::default());
+        Arc::new(Containers::new(reaper, streams))
+    }
+
+    #[tokio::test]
+    async fn delete_while_it_is_being_created_is_told_from_success() {
+        let containers = containers();
+        let reservation = containers.reserve("a").expect("free");
+        let refused = containers.delete(&init_of("a")).await;
+        assert!(matches!(refused, Err(ContainerError::Creating { .. })));
+        drop(reservation);
+        let gone = containers.delete(&init_of("a")).await;
+        assert_eq!(gone.expect("idempotent"), None);
     }
 
     proptest! {

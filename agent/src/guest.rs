@@ -9,6 +9,7 @@ use std::{
 
 use nix::{
     mount::{MsFlags, mount},
+    sys::resource::{Resource, setrlimit},
     unistd::{chdir, chroot},
 };
 use thiserror::Error;
@@ -19,6 +20,12 @@ pub const CONTAINERS_CGROUP: &str = "/sys/fs/cgroup/pod";
 const AGENT_CGROUP: &str = "/sys/fs/cgroup/agent";
 /// Memory that containers cannot take from the kernel and the agent.
 const RESERVE_BYTES: u64 = 32 * 1024 * 1024;
+/// Processes and threads that containers cannot take from the kernel and the
+/// agent. A kernel of few vCPUs has about a hundred; the agent has a handful, one
+/// more for each call that blocks, and a helper for each creation.
+const RESERVE_TASKS: u64 = 512;
+/// `fs.nr_open` as the kernel has it: what it lets a limit be raised to.
+const MAX_OPEN_FILES: u64 = 1024 * 1024;
 /// What containers may be limited in.
 const CONTROLLERS: [&str; 6] = ["cpu", "cpuset", "hugetlb", "io", "memory", "pids"];
 
@@ -45,6 +52,9 @@ pub enum GuestError {
         #[source]
         source: io::Error,
     },
+    /// The limit on open files.
+    #[error("cannot set the limit on open files to {MAX_OPEN_FILES}")]
+    OpenFiles(#[source] io::Error),
 }
 
 struct Mount {
@@ -197,7 +207,45 @@ pub fn prepare_cgroups() -> Result<(), GuestError> {
     write(containers.join("cgroup.subtree_control"), &enable)?;
     let limit = memory_total_bytes()?.saturating_sub(RESERVE_BYTES);
     write(containers.join("memory.max"), &limit.to_string())?;
+    // Or a fork bomb leaves the agent no thread to serve a call with.
+    write(
+        containers.join("pids.max"),
+        &containers_tasks()?.to_string(),
+    )?;
     write("/proc/self/oom_score_adj", "-1000")
+}
+
+/// Raises the agent's limit on open files, which the kernel starts PID 1 with
+/// at 1024: each container costs it several. Containers whose specification
+/// sets no `RLIMIT_NOFILE` inherit it.
+///
+/// # Errors
+/// When the kernel's `fs.nr_open` is lower.
+pub fn raise_open_files() -> Result<(), GuestError> {
+    setrlimit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES, MAX_OPEN_FILES)
+        .map_err(|errno| GuestError::OpenFiles(errno.into()))
+}
+
+fn containers_tasks() -> Result<u64, GuestError> {
+    let threads = number_in("/proc/sys/kernel/threads-max")?;
+    let pids = number_in("/proc/sys/kernel/pid_max")?;
+    Ok(tasks_beside_reserve(threads.min(pids)))
+}
+
+/// In a guest so small that the reserve is most of it, half is kept.
+fn tasks_beside_reserve(tasks: u64) -> u64 {
+    tasks.saturating_sub(RESERVE_TASKS).max(tasks / 2)
+}
+
+fn number_in(path: &'static str) -> Result<u64, GuestError> {
+    let failed = |source| GuestError::Prepare {
+        path: path.into(),
+        source,
+    };
+    let text = fs::read_to_string(path).map_err(failed)?;
+    text.trim()
+        .parse()
+        .map_err(|_| failed(io::ErrorKind::InvalidData.into()))
 }
 
 fn memory_total_bytes() -> Result<u64, GuestError> {
@@ -233,6 +281,18 @@ mod tests {
     fn parse_memory_total_line_of_meminfo_is_bytes() {
         let text = "MemTotal:         500456 kB\nMemFree:          471300 kB\n";
         assert_eq!(parse_memory_total(text), Some(500_456 * 1024));
+    }
+
+    #[test]
+    fn tasks_beside_reserve_leaves_512_or_half() {
+        assert_eq!(tasks_beside_reserve(32768), 32768 - 512);
+        assert_eq!(tasks_beside_reserve(800), 400);
+    }
+
+    #[test]
+    fn containers_tasks_of_this_kernel_are_fewer_than_it_has() {
+        let tasks = containers_tasks().expect("limits");
+        assert!(tasks < number_in("/proc/sys/kernel/threads-max").expect("limit"));
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! The kernel interfaces that no crate wraps.
-#![expect(unsafe_code, reason = "ioctl and adjtimex take pointers to structures")]
+#![expect(
+    unsafe_code,
+    reason = "ioctl, adjtimex and waitid take pointers to structures"
+)]
 
 use std::{
     io,
@@ -91,4 +94,40 @@ pub fn set_interface_up(name: &str) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// A child that ended, as the kernel tells of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndedChild {
+    /// Its pid, free for another process now.
+    pub pid: i32,
+    /// `CLD_EXITED`, `CLD_KILLED` or `CLD_DUMPED`.
+    pub code: i32,
+    /// What it returned, or the signal that ended it.
+    pub status: i32,
+}
+
+/// Reaps one child that has ended; `None` when there are children and none has.
+/// Not by nix, whose signals are an enum without the real-time ones: it answers
+/// EINVAL for a child that one has killed, and the child is reaped and lost.
+///
+/// # Errors
+/// ECHILD when there is no child.
+pub fn reap_child() -> io::Result<Option<EndedChild>> {
+    // SAFETY: siginfo is plain integers and addresses; all zeroes is valid.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel writes one siginfo, which lives for the call.
+    let result =
+        unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, libc::WEXITED | libc::WNOHANG) };
+    if result == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: waitid(2) fills these members of the union, and leaves the zeroes
+    // of ours when no child has ended.
+    let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    Ok((pid != 0).then_some(EndedChild {
+        pid,
+        code: info.si_code,
+        status,
+    }))
 }

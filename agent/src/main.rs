@@ -19,20 +19,34 @@ use std::{
     env,
     fs::File,
     io,
+    os::fd::RawFd,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use agent_protocol::{AGENT_PORT, READY_PORT, STREAM_PORT, service::create_agent};
 use anyhow::{Context, Result, ensure};
 use nix::{
-    sys::reboot::{RebootMode, reboot},
+    sys::{
+        reboot::{RebootMode, reboot},
+        socket::{VsockAddr as PeerAddress, getpeername},
+    },
     unistd::{dup2_stderr, dup2_stdout, getpid, sync},
 };
-use tokio::{runtime, sync::Notify};
+use tokio::{runtime, sync::Notify, task::spawn_blocking, time::sleep};
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
-use ttrpc::r#async::{Server, transport::Listener};
+use ttrpc::{
+    AcceptHook, ConnectionData, HookError, HookOutput,
+    r#async::{Server, transport::Listener},
+};
 
 use crate::{containers::Containers, reaper::Reaper, service::Service, stdio::StreamTable};
+
+/// Ten years: a thread of the pool that has ended may not be had again.
+const FOR_EVER: Duration = Duration::from_hours(10 * 365 * 24);
+/// Pause after a failed accept, whose cause (descriptors or memory that ran out)
+/// a while may cure.
+const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
 
 fn main() -> Result<()> {
     if env::args_os()
@@ -48,9 +62,11 @@ fn main() -> Result<()> {
     guest::leave_initramfs()?;
     guest::mount_own_file_systems()?;
     log_to_kernel().context("cannot write to /dev/kmsg")?;
+    guest::raise_open_files()?;
     guest::prepare_cgroups()?;
     runtime::Builder::new_current_thread()
         .enable_all()
+        .thread_keep_alive(FOR_EVER)
         .build()
         .context("cannot start the asynchronous runtime")?
         .block_on(serve())?;
@@ -77,6 +93,12 @@ fn log_to_kernel() -> io::Result<()> {
 
 /// Serves both ports until the pod is to end.
 async fn serve() -> Result<()> {
+    // tokio panics when it needs a thread for blocking calls, cannot have one and
+    // has none; with one, the calls wait for it. So the first is started
+    // before there is anything that could take the guest's processes.
+    spawn_blocking(|| ())
+        .await
+        .context("cannot start a thread for blocking calls")?;
     let reaper = Arc::new(Reaper::default());
     reaper.spawn().context("cannot listen for SIGCHLD")?;
     let streams = Arc::new(StreamTable::default());
@@ -87,7 +109,8 @@ async fn serve() -> Result<()> {
     let stream_listener = listen(STREAM_PORT)?;
     let mut server = Server::new()
         .add_listener(Listener::from(listen(AGENT_PORT)?))
-        .register_service(create_agent(Arc::new(service)));
+        .register_service(create_agent(Arc::new(service)))
+        .set_accept_hook(HostOnly);
     server.start().await.context("cannot serve ttrpc")?;
     tokio::spawn(serve_streams(stream_listener, streams));
     knock().await;
@@ -104,6 +127,9 @@ fn listen(port: u32) -> Result<VsockListener> {
 async fn serve_streams(listener: VsockListener, table: Arc<StreamTable>) {
     loop {
         match listener.accept().await {
+            Ok((_, peer)) if peer.cid() != VMADDR_CID_HOST => {
+                tracing::warn!(%peer, "refused a stream from the guest itself");
+            }
             Ok((connection, _)) => {
                 let table = Arc::clone(&table);
                 tokio::spawn(async move {
@@ -113,9 +139,29 @@ async fn serve_streams(listener: VsockListener, table: Arc<StreamTable>) {
                 });
             }
             Err(error) => {
-                tracing::error!(%error, "cannot accept streams");
-                return;
+                tracing::error!(%error, "cannot accept a stream");
+                sleep(ACCEPT_AGAIN_AFTER).await;
             }
+        }
+    }
+}
+
+/// Lets only the host in. A container can connect to the guest's own ports as
+/// soon as its kernel has a vsock loopback, and would own the pod.
+#[derive(Debug)]
+struct HostOnly;
+
+impl AcceptHook for HostOnly {
+    fn on_accept(&self, connection: RawFd) -> Result<HookOutput, HookError> {
+        let peer =
+            getpeername::<PeerAddress>(connection).map_err(|errno| HookError::Io(errno.into()))?;
+        if peer.cid() == VMADDR_CID_HOST {
+            Ok(HookOutput {
+                data: ConnectionData::default(),
+                payload_transform: None,
+            })
+        } else {
+            Err(HookError::Rejected(format!("{peer} is not the host")))
         }
     }
 }
@@ -126,5 +172,17 @@ async fn knock() {
     let refused = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT)).await;
     if refused.is_ok() {
         tracing::warn!("the host took a connection that it should refuse");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn on_accept_peer_that_is_not_the_host_is_refused() {
+        let (ours, _theirs) = std::os::unix::net::UnixStream::pair().expect("socket pair");
+        assert!(HostOnly.on_accept(ours.as_raw_fd()).is_err());
     }
 }

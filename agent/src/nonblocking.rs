@@ -22,21 +22,31 @@ impl NonBlocking {
     /// Makes the descriptor non-blocking and watches it.
     ///
     /// # Errors
-    /// When it is neither a pipe nor a terminal, or watches run out.
-    pub fn try_new(end: OwnedFd) -> io::Result<Self> {
-        let flags = OFlag::from_bits_truncate(fcntl(&end, FcntlArg::F_GETFL)?);
-        fcntl(&end, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    /// When it is neither a pipe nor a terminal, or watches run out; the
+    /// descriptor comes back with the error.
+    pub fn try_new(end: OwnedFd) -> Result<Self, (OwnedFd, io::Error)> {
+        if let Err(errno) = set_nonblocking(&end) {
+            return Err((end, errno.into()));
+        }
         // SAFETY: the descriptor must stay open and the same while registered.
         // A File keeps its descriptor until it is dropped, this type hands out
         // no way to replace it, and into_inner deregisters it first.
         let registered = unsafe { AsyncFd::register(File::from(end)) };
-        Ok(Self(registered?))
+        registered.map(Self).map_err(|error| {
+            let (file, cause) = error.into_parts();
+            (file.into(), cause)
+        })
     }
 
     /// The descriptor, no longer watched; it stays non-blocking.
     pub fn into_inner(self) -> OwnedFd {
         self.0.into_inner().into()
     }
+}
+
+fn set_nonblocking(end: &OwnedFd) -> nix::Result<()> {
+    let flags = OFlag::from_bits_truncate(fcntl(end, FcntlArg::F_GETFL)?);
+    fcntl(end, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
 }
 
 impl AsyncRead for NonBlocking {

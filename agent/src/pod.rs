@@ -2,8 +2,11 @@
 //! network, IPC and UTS namespaces, which are never the agent's own.
 
 use std::{
+    collections::BTreeSet,
+    ffi::OsString,
     fs::{self, File},
     io,
+    os::unix::ffi::OsStringExt,
     path::{Path, PathBuf},
     thread,
 };
@@ -151,19 +154,20 @@ fn create_namespaces(hostname: String) -> Result<(), PodError> {
         })?
 }
 
-/// Writes a container's files and the pod's volumes back to the host, also what
-/// was only written through mmap, and lets go of the container's root file
-/// system, so that the host can unmount it.
+/// Writes a container's files back to the host, its root file system and what it
+/// got by bind mounts, also what was only written through mmap, and lets go of
+/// the root file system, so that the host can unmount it. Other volumes of the
+/// pod are left alone: their writers may be busy, and not this container's.
 ///
 /// The share announces the host's mounts as mounts of their own, each with a
 /// superblock of its own to sync.
 ///
 /// # Errors
 /// When the host did not take the data: the caller must know that it is lost.
-pub fn write_back(rootfs: &Path) -> Result<(), PodError> {
-    let volumes = Path::new(SHARE_DIR).join("volumes");
-    sync_mount(rootfs)?;
-    for mounted in mounts_below(&volumes) {
+pub fn write_back(rootfs: &Path, bind_sources: &[PathBuf]) -> Result<(), PodError> {
+    let places = bind_sources.iter().map(PathBuf::as_path);
+    let places: Vec<_> = places.chain([rootfs]).collect();
+    for mounted in mounts_of(&mounts_below(Path::new(SHARE_DIR))?, &places) {
         sync_mount(&mounted)?;
     }
     // What was never looked at was never mounted: EINVAL is as good.
@@ -182,7 +186,11 @@ pub fn write_back(rootfs: &Path) -> Result<(), PodError> {
 /// Unmounts all of the share, innermost first, as far as that goes: the guest
 /// is about to end.
 pub fn leave() {
-    for mounted in mounts_below(Path::new(SHARE_DIR)).iter().rev() {
+    let mounts = mounts_below(Path::new(SHARE_DIR)).unwrap_or_else(|error| {
+        tracing::error!(%error, "left mounted");
+        Vec::new()
+    });
+    for mounted in mounts.iter().rev() {
         if let Err(error) = sync_mount(mounted) {
             tracing::error!(%error, "left unsynced");
         }
@@ -201,20 +209,65 @@ fn sync_mount(mounted: &Path) -> Result<(), PodError> {
     syncfs(&root).map_err(|errno| failed(errno.into()))
 }
 
-/// The agent's mounts at or below a directory, outermost first. Paths of the
-/// share need no unescaping: the host names them.
-fn mounts_below(directory: &Path) -> Vec<PathBuf> {
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    parse_mounts_below(&table, directory)
+/// The mounts that hold one of the places, and those that lie below one: each
+/// once. A place may be a file, or something that cannot be opened for a sync, like
+/// a socket; the root of a mount can.
+fn mounts_of(mounts: &[PathBuf], places: &[&Path]) -> BTreeSet<PathBuf> {
+    let holding = |place: &&Path| {
+        let holding = mounts.iter().filter(|mount| place.starts_with(mount));
+        holding.max_by_key(|mount| mount.components().count())
+    };
+    let below = |mount: &&PathBuf| places.iter().any(|place| mount.starts_with(place));
+    let holding = places.iter().filter_map(holding);
+    holding
+        .chain(mounts.iter().filter(below))
+        .cloned()
+        .collect()
 }
 
-/// Mount points are the fifth field of `proc_pid_mountinfo(5)`.
-fn parse_mounts_below(table: &str, directory: &Path) -> Vec<PathBuf> {
-    let points = table.lines().filter_map(|line| line.split(' ').nth(4));
+/// The agent's mounts at or below a directory, outermost first.
+fn mounts_below(directory: &Path) -> Result<Vec<PathBuf>, PodError> {
+    let table = fs::read("/proc/self/mountinfo").map_err(|source| PodError::WriteBack {
+        path: directory.into(),
+        source,
+    })?;
+    Ok(parse_mounts_below(&table, directory))
+}
+
+/// Mount points are the fifth field of `proc_pid_mountinfo(5)`. Below a volume
+/// their names are the host's, and may be any bytes.
+fn parse_mounts_below(table: &[u8], directory: &Path) -> Vec<PathBuf> {
+    let points = table
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
     points
-        .map(PathBuf::from)
+        .map(|point| PathBuf::from(OsString::from_vec(unescape(point))))
         .filter(|point| point.starts_with(directory))
         .collect()
+}
+
+/// Undoes the escapes of mountinfo: a backslash and three octal digits.
+fn unescape(mut text: &[u8]) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(text.len());
+    loop {
+        match text {
+            [
+                b'\\',
+                a @ b'0'..=b'3',
+                b @ b'0'..=b'7',
+                c @ b'0'..=b'7',
+                rest @ ..,
+            ] => {
+                plain.push((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'));
+                text = rest;
+            }
+            [byte, rest @ ..] => {
+                plain.push(*byte);
+                text = rest;
+            }
+            [] => return plain,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -223,12 +276,55 @@ mod tests {
 
     #[test]
     fn parse_mounts_below_takes_the_directory_and_what_is_in_it() {
-        let table = "22 1 0:20 / / rw - tmpfs root rw\n\
+        let table = b"22 1 0:20 / / rw - tmpfs root rw\n\
                      30 22 0:31 / /run/bulkhead/share rw - virtiofs share rw\n\
                      31 30 0:32 / /run/bulkhead/share/volumes/0 rw - virtiofs share rw\n\
                      32 22 0:33 / /run/bulkhead/shared rw - tmpfs other rw\n";
         let below = parse_mounts_below(table, Path::new("/run/bulkhead/share"));
         let wanted = ["/run/bulkhead/share", "/run/bulkhead/share/volumes/0"];
         assert_eq!(below, wanted.map(PathBuf::from));
+    }
+
+    #[test]
+    fn parse_mounts_below_undoes_escapes() {
+        let table = b"31 30 0:32 / /share/with\\040space\\134040 rw - virtiofs share rw\n";
+        let below = parse_mounts_below(table, Path::new("/share"));
+        assert_eq!(below, [PathBuf::from("/share/with space\\040")]);
+    }
+
+    #[test]
+    fn mounts_of_a_container_are_not_those_of_others() {
+        let mounts = [
+            "/share",
+            "/share/containers/a/rootfs",
+            "/share/containers/b/rootfs",
+            "/share/volumes/0",
+            "/share/volumes/0/below",
+            "/share/volumes/1",
+            "/share/volumes/10",
+        ]
+        .map(PathBuf::from);
+        let places = [
+            "/share/containers/a/rootfs",
+            "/share/volumes/0",
+            "/share/volumes/1/some/directory",
+            "/pod/shm",
+        ]
+        .map(Path::new);
+        let wanted = [
+            "/share/containers/a/rootfs",
+            "/share/volumes/0",
+            "/share/volumes/0/below",
+            "/share/volumes/1",
+        ];
+        let found = mounts_of(&mounts, &places);
+        assert_eq!(found, wanted.map(PathBuf::from).into());
+    }
+
+    #[test]
+    fn mounts_of_a_file_in_the_share_itself_is_the_share() {
+        let mounts = ["/share", "/share/volumes/0"].map(PathBuf::from);
+        let found = mounts_of(&mounts, &[Path::new("/share/volumes/2")]);
+        assert_eq!(found, [PathBuf::from("/share")].into());
     }
 }

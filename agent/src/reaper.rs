@@ -12,14 +12,12 @@ use std::{
     time::SystemTime,
 };
 
-use nix::{
-    errno::Errno,
-    sys::wait::{Id, WaitPidFlag, WaitStatus, waitid},
-};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
 };
+
+use crate::kernel_calls::{EndedChild, reap_child};
 
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,19 +72,18 @@ impl Reaper {
 
     fn reap_ended(&self) {
         loop {
-            match waitid(Id::All, WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
-                Ok(WaitStatus::Exited(pid, code)) => {
-                    self.ended(pid.as_raw(), u32::from(code.to_le_bytes()[0]));
-                }
-                Ok(WaitStatus::Signaled(pid, signal, _)) => {
-                    self.ended(pid.as_raw(), 128 + signal as u32);
-                }
-                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return,
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => {
-                    tracing::error!(%errno, "cannot reap");
-                    return;
-                }
+            match reap_child() {
+                Ok(Some(child)) => self.ended(child.pid, exit_status(child)),
+                Ok(None) => return,
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::ECHILD) => return,
+                    Some(libc::EINTR) => {}
+                    // Nothing was reaped: the next SIGCHLD tries again.
+                    _ => {
+                        tracing::error!(%error, "cannot reap");
+                        return;
+                    }
+                },
             }
         }
     }
@@ -106,6 +103,15 @@ impl Reaper {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// As shells have it, also for the real-time signals.
+fn exit_status(child: EndedChild) -> u32 {
+    let status = child.status.cast_unsigned();
+    match child.code {
+        libc::CLD_EXITED => status & 0xff,
+        _ => 128 + status,
     }
 }
 
@@ -140,6 +146,23 @@ impl Drop for Creation {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    #[expect(clippy::zombie_processes, reason = "the reaper waits for them")]
+    async fn spawn_child_killed_by_a_real_time_signal_has_ended_with_its_number() {
+        let reaper = Arc::new(Reaper::default());
+        reaper.spawn().expect("listens");
+        for (line, status) in [("kill -36 $$", 128 + 36), ("exit 7", 7)] {
+            let creation = reaper.creation();
+            let child = std::process::Command::new("sh")
+                .args(["-c", line])
+                .spawn()
+                .expect("a shell");
+            let mut exit = creation.watch(child.id().cast_signed());
+            let seen = exit.wait_for(Option::is_some).await.expect("watched");
+            assert_eq!(seen.map(|exit| exit.status), Some(status), "{line}");
+        }
+    }
 
     #[test]
     fn watch_process_that_ended_before_its_pid_was_known_sees_the_end() {

@@ -2,7 +2,7 @@
 
 use std::{error::Error, sync::Arc, time::UNIX_EPOCH};
 
-use agent_container::CreateError;
+use agent_container::{CgroupError, CreateError, SignalError, StartError};
 use agent_protocol::{
     PROTOCOL_VERSION,
     api::{
@@ -18,21 +18,22 @@ use agent_protocol::{
 use async_trait::async_trait;
 use tokio::{
     sync::{Mutex, Notify},
-    task::spawn_blocking,
+    task::{self, spawn_blocking},
 };
 use ttrpc::{Code, r#async::TtrpcContext, get_status};
 
 use crate::{
     clock,
     containers::{ContainerError, Containers},
-    entropy, pod,
+    entropy,
+    pod::{self, PodError},
     reaper::Exit,
 };
 
-/// Serves the contract.
+/// Serves the contract. Each call that changes something runs [`to_its_end`].
 pub struct Service {
     containers: Arc<Containers>,
-    pod_created: Mutex<bool>,
+    pod_created: Arc<Mutex<bool>>,
     shutdown: Arc<Notify>,
 }
 
@@ -41,7 +42,7 @@ impl Service {
     pub fn new(containers: Arc<Containers>, shutdown: Arc<Notify>) -> Self {
         Self {
             containers,
-            pod_created: Mutex::default(),
+            pod_created: Arc::default(),
             shutdown,
         }
     }
@@ -83,19 +84,20 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: CreatePodRequest,
     ) -> ttrpc::Result<CreatePodResponse> {
-        let mut created = self.pod_created.lock().await;
-        if *created {
-            return Err(status(Code::ALREADY_EXISTS, "the pod exists already"));
-        }
-        spawn_blocking(move || pod::create(&request))
-            .await
-            .map_err(|error| internal(&error))?
-            .map_err(|error| match error {
-                pod::PodError::Hostname { .. } => status(Code::INVALID_ARGUMENT, chain(&error)),
-                _ => internal(&error),
-            })?;
-        *created = true;
-        Ok(CreatePodResponse::default())
+        let pod_created = Arc::clone(&self.pod_created);
+        to_its_end(async move {
+            let mut created = pod_created.lock().await;
+            if *created {
+                return Err(status(Code::ALREADY_EXISTS, "the pod exists already"));
+            }
+            spawn_blocking(move || pod::create(&request))
+                .await
+                .map_err(|error| internal(&error))?
+                .map_err(|error| status(pod_code(&error), chain(&error)))?;
+            *created = true;
+            Ok(CreatePodResponse::default())
+        })
+        .await
     }
 
     async fn create_container(
@@ -106,11 +108,13 @@ impl Agent for Service {
         if !*self.pod_created.lock().await {
             return Err(status(Code::FAILED_PRECONDITION, "there is no pod yet"));
         }
-        let guest_pid = self
-            .containers
-            .create(&request.container_id, &request.spec_json, &request.stdio)
-            .await
-            .map_err(|error| refused(&error))?;
+        let containers = Arc::clone(&self.containers);
+        let guest_pid = to_its_end(async move {
+            let created =
+                containers.create(&request.container_id, &request.spec_json, &request.stdio);
+            created.await.map_err(|error| refused(&error))
+        })
+        .await?;
         Ok(CreateContainerResponse {
             guest_pid,
             ..CreateContainerResponse::default()
@@ -122,11 +126,12 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: StartProcessRequest,
     ) -> ttrpc::Result<StartProcessResponse> {
-        let guest_pid = self
-            .containers
-            .start(&request.process)
-            .await
-            .map_err(|error| refused(&error))?;
+        let containers = Arc::clone(&self.containers);
+        let guest_pid = to_its_end(async move {
+            let started = containers.start(&request.process);
+            started.await.map_err(|error| refused(&error))
+        })
+        .await?;
         Ok(StartProcessResponse {
             guest_pid,
             ..StartProcessResponse::default()
@@ -145,10 +150,12 @@ impl Agent for Service {
                 let message = format!("there is no signal {}", request.signal);
                 status(Code::INVALID_ARGUMENT, message)
             })?;
-        self.containers
-            .signal(&request.process, signal, request.all)
-            .await
-            .map_err(|error| refused(&error))?;
+        let containers = Arc::clone(&self.containers);
+        to_its_end(async move {
+            let sent = containers.signal(&request.process, signal, request.all);
+            sent.await.map_err(|error| refused(&error))
+        })
+        .await?;
         Ok(SignalProcessResponse::default())
     }
 
@@ -185,11 +192,12 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: DeleteProcessRequest,
     ) -> ttrpc::Result<DeleteProcessResponse> {
-        let exit = self
-            .containers
-            .delete(&request.process)
-            .await
-            .map_err(|error| refused(&error))?;
+        let containers = Arc::clone(&self.containers);
+        let exit = to_its_end(async move {
+            let deleted = containers.delete(&request.process);
+            deleted.await.map_err(|error| refused(&error))
+        })
+        .await?;
         Ok(DeleteProcessResponse {
             exit_status: exit.map_or(0, |exit| exit.status),
             exited_at_ns: exit.map_or(0, exited_at_ns),
@@ -231,9 +239,14 @@ impl Agent for Service {
         _: &TtrpcContext,
         _: ShutdownRequest,
     ) -> ttrpc::Result<ShutdownResponse> {
-        self.containers.delete_all().await;
-        self.shutdown.notify_one();
-        Ok(ShutdownResponse::default())
+        let containers = Arc::clone(&self.containers);
+        let shutdown = Arc::clone(&self.shutdown);
+        to_its_end(async move {
+            containers.delete_all().await;
+            shutdown.notify_one();
+            Ok(ShutdownResponse::default())
+        })
+        .await
     }
 }
 
@@ -242,20 +255,72 @@ fn exited_at_ns(exit: Exit) -> i64 {
     since.map_or(0, |since| since.as_nanos() as i64)
 }
 
+/// Runs a call to its end. ttrpc drops a handler whose caller is gone or has
+/// waited long enough; what is half done then has no owner.
+async fn to_its_end<T: Send + 'static>(
+    call: impl Future<Output = ttrpc::Result<T>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    task::spawn(call).await.map_err(|error| internal(&error))?
+}
+
 fn refused(error: &ContainerError) -> ttrpc::Error {
-    let code = match error {
-        ContainerError::Id { .. } | ContainerError::Spec(_) | ContainerError::Rootfs { .. } => {
-            Code::INVALID_ARGUMENT
+    status(code(error), chain(error))
+}
+
+/// Whose fault it is: the caller's by its argument, by an identity, by the order
+/// of its calls, or the guest's.
+fn code(error: &ContainerError) -> Code {
+    use ContainerError as E;
+    match error {
+        E::Id { .. } | E::Spec(_) | E::Rootfs { .. } => Code::INVALID_ARGUMENT,
+        E::NotFound { .. } | E::Ended { .. } => Code::NOT_FOUND,
+        E::Exists { .. } => Code::ALREADY_EXISTS,
+        E::Creating { .. } => Code::FAILED_PRECONDITION,
+        E::Create { source, .. } => match source {
+            CreateError::Unsupported(_) | CreateError::Id { .. } | CreateError::Stdio { .. } => {
+                Code::INVALID_ARGUMENT
+            }
+            CreateError::Cgroup(source) => cgroup_code(source),
+            CreateError::Helper(_)
+            | CreateError::Channel(_)
+            | CreateError::Ended
+            | CreateError::Init(_) => Code::INTERNAL,
+        },
+        E::Start { source, .. } => match source {
+            StartError::AlreadyStarted { .. } | StartError::Ended { .. } => {
+                Code::FAILED_PRECONDITION
+            }
+            StartError::Init(_) => Code::INTERNAL,
+        },
+        E::Signal { source, .. } => match source {
+            SignalError::Ended { .. } => Code::NOT_FOUND,
+            SignalError::Send { .. } => Code::INTERNAL,
+        },
+        E::Cgroup { source, .. } => cgroup_code(source),
+        E::WriteBack { source, .. } => pod_code(source),
+        E::Stdio { .. } => Code::INTERNAL,
+    }
+}
+
+fn cgroup_code(error: &CgroupError) -> Code {
+    match error {
+        CgroupError::Exists { .. } => Code::ALREADY_EXISTS,
+        CgroupError::Create { .. }
+        | CgroupError::Read { .. }
+        | CgroupError::Write { .. }
+        | CgroupError::Devices { .. }
+        | CgroupError::Busy { .. }
+        | CgroupError::Remove { .. } => Code::INTERNAL,
+    }
+}
+
+fn pod_code(error: &PodError) -> Code {
+    match error {
+        PodError::Hostname { .. } => Code::INVALID_ARGUMENT,
+        PodError::Mount { .. } | PodError::Namespace { .. } | PodError::WriteBack { .. } => {
+            Code::INTERNAL
         }
-        ContainerError::NotFound { .. } | ContainerError::Ended { .. } => Code::NOT_FOUND,
-        ContainerError::Exists { .. } => Code::ALREADY_EXISTS,
-        ContainerError::Create {
-            source: CreateError::Unsupported(_),
-            ..
-        } => Code::INVALID_ARGUMENT,
-        ContainerError::Create { .. } | ContainerError::Operate { .. } => Code::INTERNAL,
-    };
-    status(code, chain(error))
+    }
 }
 
 fn internal(error: &dyn Error) -> ttrpc::Error {
@@ -276,4 +341,63 @@ fn chain(error: &dyn Error) -> String {
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::sync::oneshot;
+
+    #[tokio::test]
+    async fn to_its_end_of_a_caller_that_left_goes_on() {
+        let (go, gate) = oneshot::channel();
+        let (done, seen) = oneshot::channel();
+        let mut call = Box::pin(to_its_end(async move {
+            gate.await.expect("opened");
+            done.send(()).expect("watched");
+            Ok(())
+        }));
+        // Once, as a handler is that ttrpc drops later.
+        tokio::select! {
+            biased;
+            _ = &mut call => panic!("the gate is closed"),
+            () = std::future::ready(()) => {}
+        }
+        drop(call);
+        go.send(()).expect("waited for");
+        seen.await.expect("goes on");
+    }
+
+    #[test]
+    fn code_tells_the_callers_mistakes_from_the_guests() {
+        let id = || "a".to_owned();
+        let create = |source| ContainerError::Create { id: id(), source };
+        let start = |source| ContainerError::Start { id: id(), source };
+        let exists = CgroupError::Exists { path: "/a".into() };
+        let signal = ContainerError::Signal {
+            id: id(),
+            source: SignalError::Ended { pid: 7 },
+        };
+        for (error, expected) in [
+            (create(CreateError::Id { id: id() }), Code::INVALID_ARGUMENT),
+            (
+                create(CreateError::Stdio { terminal: true }),
+                Code::INVALID_ARGUMENT,
+            ),
+            (create(CreateError::Cgroup(exists)), Code::ALREADY_EXISTS),
+            (create(CreateError::Ended), Code::INTERNAL),
+            (
+                start(StartError::AlreadyStarted { pid: 7 }),
+                Code::FAILED_PRECONDITION,
+            ),
+            (start(StartError::Init(String::new())), Code::INTERNAL),
+            (signal, Code::NOT_FOUND),
+            (
+                ContainerError::Creating { id: id() },
+                Code::FAILED_PRECONDITION,
+            ),
+        ] {
+            assert_eq!(code(&error), expected, "{error}");
+        }
+    }
 }

@@ -98,9 +98,27 @@ impl StreamKey {
     }
 }
 
+/// The agent's end of one stream.
+#[derive(Debug)]
+pub struct End {
+    /// Of a pipe or a terminal.
+    pub descriptor: OwnedFd,
+    /// What was read for a connection that broke before it took it; goes first.
+    pub unsent: Vec<u8>,
+}
+
+impl From<OwnedFd> for End {
+    fn from(descriptor: OwnedFd) -> Self {
+        Self {
+            descriptor,
+            unsent: Vec::new(),
+        }
+    }
+}
+
 enum Slot {
     /// Waits for a connection.
-    Free(OwnedFd),
+    Free(End),
     /// A connection has it.
     Taken,
     /// A connection has it, and it is to be closed when that ends.
@@ -118,7 +136,7 @@ impl StreamTable {
     pub fn insert(&self, process: &ProcessId, ends: Vec<(Kind, OwnedFd)>) {
         let mut slots = self.lock();
         for (kind, end) in ends {
-            slots.insert(StreamKey::new(process, kind), Slot::Free(end));
+            slots.insert(StreamKey::new(process, kind), Slot::Free(end.into()));
         }
     }
 
@@ -126,7 +144,7 @@ impl StreamTable {
     ///
     /// # Errors
     /// When there is none, or another connection has it.
-    pub fn take(&self, key: &StreamKey) -> Result<OwnedFd, StreamError> {
+    pub fn take(&self, key: &StreamKey) -> Result<End, StreamError> {
         let StreamKey {
             container_id,
             exec_id,
@@ -152,7 +170,7 @@ impl StreamTable {
 
     /// Gives a stream back whose connection broke, so that the host can connect
     /// again. Dropped if the stream was closed or its process deleted meanwhile.
-    pub fn put_back(&self, key: &StreamKey, end: OwnedFd) {
+    pub fn put_back(&self, key: &StreamKey, end: End) {
         let mut slots = self.lock();
         match slots.get_mut(key) {
             Some(slot @ Slot::Taken) => *slot = Slot::Free(end),

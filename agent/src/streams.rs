@@ -2,18 +2,18 @@
 //! header, then raw bytes. vsock's credit is the backpressure: a reader that is
 //! slow on the host stops the container's writes, and nothing piles up here.
 
-use std::{io, os::fd::OwnedFd, sync::Arc};
+use std::{io, sync::Arc};
 
 use agent_protocol::{
     MAX_STREAM_HEADER_BYTES, STREAM_ACCEPTED, STREAM_REFUSED, api::stream_header::Kind,
     decode_stream_header,
 };
 use nix::errno::Errno;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, copy_buf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::{
     nonblocking::NonBlocking,
-    stdio::{StreamKey, StreamTable},
+    stdio::{End, StreamKey, StreamTable},
 };
 
 /// Bytes that one direction of one stream holds at the most: a pipe's default
@@ -42,12 +42,12 @@ where
             return Err(io::Error::other(refusal));
         }
     };
-    let relayed = relay(&key, connection, end).await?;
-    match relayed {
-        Relayed::ProcessDone | Relayed::HostDone => table.close(&key),
-        Relayed::ConnectionLost(end) => {
+    match relay(&key, connection, end).await {
+        Relayed::Done => table.close(&key),
+        Relayed::ConnectionLost(end) => table.put_back(&key, end),
+        Relayed::Unusable(end, error) => {
             table.put_back(&key, end);
-            return Ok(());
+            return Err(error);
         }
     }
     Ok(())
@@ -69,52 +69,96 @@ async fn read_header<S: AsyncRead + Unpin>(connection: &mut S) -> io::Result<Str
 }
 
 enum Relayed {
-    /// The process closed its end and the host has all of it.
-    ProcessDone,
-    /// The host closed the process's standard input.
-    HostDone,
+    /// The process closed its end and the host has all of it, or the host closed
+    /// the process's standard input.
+    Done,
     /// The connection broke: the process's end is still good.
-    ConnectionLost(OwnedFd),
+    ConnectionLost(End),
+    /// The process's end could not be watched; a later connection may be luckier.
+    Unusable(End, io::Error),
 }
 
-async fn relay<S>(key: &StreamKey, mut connection: S, end: OwnedFd) -> io::Result<Relayed>
+async fn relay<S>(key: &StreamKey, mut connection: S, end: End) -> Relayed
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut end = NonBlocking::try_new(end)?;
-    connection.write_all(&[STREAM_ACCEPTED]).await?;
-    if key.kind() == Kind::STDIN {
-        return Ok(relay_input(connection, end).await);
-    }
-    let (mut from_host, mut to_host) = tokio::io::split(connection);
-    let relayed = {
-        let mut reader = BufReader::with_capacity(BUFFER_BYTES, &mut end);
-        // The host sends nothing here, so whatever can be read is its leaving.
-        let mut nothing = [0; 1];
-        tokio::select! {
-            copied = copy_buf(&mut reader, &mut to_host) => copied.map(|_| true),
-            _ = from_host.read(&mut nothing) => Ok(false),
-        }
+    let End {
+        descriptor,
+        mut unsent,
+    } = end;
+    let mut end = match NonBlocking::try_new(descriptor) {
+        Ok(end) => end,
+        Err((descriptor, error)) => return Relayed::Unusable(End { descriptor, unsent }, error),
     };
-    match relayed {
-        Ok(true) => {
-            to_host.shutdown().await?;
-            Ok(Relayed::ProcessDone)
-        }
-        Ok(false) | Err(_) => Ok(Relayed::ConnectionLost(end.into_inner())),
+    let relayed = match connection.write_all(&[STREAM_ACCEPTED]).await {
+        Ok(()) if key.kind() == Kind::STDIN => relay_input(connection, &mut end, &mut unsent).await,
+        Ok(()) => relay_output(connection, &mut end, &mut unsent).await,
+        Err(error) => Err(error),
+    };
+    if relayed.is_ok() {
+        return Relayed::Done;
     }
+    unsent.shrink_to_fit();
+    Relayed::ConnectionLost(End {
+        descriptor: end.into_inner(),
+        unsent,
+    })
 }
 
-async fn relay_input<S>(connection: S, mut end: NonBlocking) -> Relayed
+/// Returns when the process has closed its end and the host was told so.
+async fn relay_output<S>(
+    connection: S,
+    end: &mut NonBlocking,
+    unsent: &mut Vec<u8>,
+) -> io::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut reader = BufReader::with_capacity(BUFFER_BYTES, connection);
-    match copy_buf(&mut reader, &mut end).await {
-        Ok(_) => Relayed::HostDone,
-        // The process closed its end: there is nobody left to read.
-        Err(error) if error.raw_os_error() == Some(Errno::EPIPE as i32) => Relayed::HostDone,
-        Err(_) => Relayed::ConnectionLost(end.into_inner()),
+    let (mut from_host, mut to_host) = tokio::io::split(connection);
+    // The host sends nothing here, so whatever can be read is its leaving.
+    let mut nothing = [0; 1];
+    tokio::select! {
+        copied = copy(end, &mut to_host, unsent) => copied?,
+        _ = from_host.read(&mut nothing) => return Err(io::ErrorKind::ConnectionReset.into()),
+    }
+    to_host.shutdown().await
+}
+
+/// Returns when the host has closed the input, or the process its end.
+async fn relay_input<S>(
+    mut connection: S,
+    end: &mut NonBlocking,
+    unsent: &mut Vec<u8>,
+) -> io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    match copy(&mut connection, end, unsent).await {
+        // There is nobody left to read.
+        Err(error) if error.raw_os_error() == Some(Errno::EPIPE as i32) => Ok(()),
+        result => result,
+    }
+}
+
+/// Copies until the end of `from`. What was read and not yet written is in
+/// `unsent` at all times, also when this is dropped half-way.
+async fn copy(
+    from: &mut (impl AsyncRead + Unpin),
+    to: &mut (impl AsyncWrite + Unpin),
+    unsent: &mut Vec<u8>,
+) -> io::Result<()> {
+    loop {
+        while !unsent.is_empty() {
+            let written = to.write(unsent).await?;
+            if written == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            unsent.drain(..written);
+        }
+        unsent.reserve(BUFFER_BYTES);
+        if from.read_buf(unsent).await? == 0 {
+            return Ok(());
+        }
     }
 }
 
@@ -129,6 +173,9 @@ mod tests {
     use std::{
         fs::File,
         io::{Read, Write},
+        os::fd::OwnedFd,
+        pin::Pin,
+        task::{Context, Poll},
     };
     use tokio::{net::UnixStream, task::JoinHandle};
 
@@ -139,18 +186,21 @@ mod tests {
         }
     }
 
+    fn header(kind: Kind) -> StreamHeader {
+        StreamHeader {
+            process: protobuf::MessageField::some(process()),
+            kind: kind.into(),
+            ..StreamHeader::default()
+        }
+    }
+
     async fn connect(
         table: &Arc<StreamTable>,
         kind: Kind,
     ) -> (UnixStream, u8, JoinHandle<io::Result<()>>) {
         let (mut host, guest) = UnixStream::pair().expect("socket pair");
         let served = tokio::spawn(serve(Arc::clone(table), guest));
-        let header = StreamHeader {
-            process: protobuf::MessageField::some(process()),
-            kind: kind.into(),
-            ..StreamHeader::default()
-        };
-        let bytes = encode_stream_header(&header).expect("encodes");
+        let bytes = encode_stream_header(&header(kind)).expect("encodes");
         host.write_all(&bytes).await.expect("header");
         let answer = host.read_u8().await.expect("answer");
         (host, answer, served)
@@ -208,6 +258,87 @@ mod tests {
         let mut received = String::new();
         host.read_to_string(&mut received).await.expect("reads");
         assert_eq!(received, "later");
+    }
+
+    /// Takes the header, then breaks.
+    struct Broken(&'static [u8]);
+
+    impl AsyncRead for Broken {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            context: &mut Context<'_>,
+            buffer: &mut tokio::io::ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_read(context, buffer)
+        }
+    }
+
+    impl AsyncWrite for Broken {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            _: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn serve_connection_that_breaks_before_the_answer_leaves_the_stream_free() {
+        let (table, [_, stdout, _]) = offer(false, true);
+        let bytes = encode_stream_header(&header(Kind::STDOUT)).expect("encodes");
+        let served = serve(Arc::clone(&table), Broken(bytes.leak())).await;
+        served.expect("a lost connection is no error");
+        let (mut host, answer, _) = connect(&table, Kind::STDOUT).await;
+        assert_eq!(answer, STREAM_ACCEPTED);
+        drop(stdout);
+        assert_eq!(host.read(&mut [0]).await.expect("reads"), 0);
+    }
+
+    #[tokio::test]
+    async fn serve_end_that_cannot_be_watched_is_put_back() {
+        let table = Arc::new(StreamTable::default());
+        // epoll refuses regular files.
+        let file = tempfile::tempfile().expect("file").into();
+        table.insert(&process(), vec![(Kind::STDOUT, file)]);
+        let bytes = encode_stream_header(&header(Kind::STDOUT)).expect("encodes");
+        let served = serve(Arc::clone(&table), Broken(bytes.leak())).await;
+        assert!(served.is_err());
+        assert!(
+            table
+                .take(&StreamKey::new(&process(), Kind::STDOUT))
+                .is_ok()
+        );
+    }
+
+    #[tokio::test]
+    async fn serve_what_a_broken_connection_did_not_take_goes_to_the_next() {
+        let (table, [_, stdout, _]) = offer(false, true);
+        // More than the socket and the buffer hold, so that some is in the agent.
+        let sent: Vec<u8> = (0..3_000_000u32).map(|index| index as u8).collect();
+        let expected = sent.clone();
+        let writer = std::thread::spawn(move || File::from(stdout).write_all(&sent));
+        let (mut host, _, served) = connect(&table, Kind::STDOUT).await;
+        let mut received = vec![0; 100_000];
+        host.read_exact(&mut received).await.expect("reads");
+        // Leaves by its only means, one byte, so that nothing unread resets the
+        // socket and what is in it can still be counted.
+        host.write_all(b".").await.expect("writes");
+        served.await.expect("task").expect("served");
+        host.read_to_end(&mut received).await.expect("reads");
+        let (mut host, answer, _) = connect(&table, Kind::STDOUT).await;
+        assert_eq!(answer, STREAM_ACCEPTED);
+        host.read_to_end(&mut received).await.expect("reads");
+        assert!(received == expected);
+        writer.join().expect("thread").expect("writes");
     }
 
     #[tokio::test]

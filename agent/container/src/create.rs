@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use oci_spec::runtime::{LinuxResources, Process, Spec};
+use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::container::Container;
 use crate::control::{Channel, ChannelError, Report, Request};
+use crate::process::Process;
 use crate::spec_support::{self, Unsupported};
 
 /// The standard streams of a container's init.
@@ -27,7 +28,7 @@ pub enum ContainerStdio {
         stderr: OwnedFd,
     },
     /// A pseudo terminal in the container's own devpts; its master is
-    /// [`Container::take_console`].
+    /// [`Process::take_console`] of the init.
     Terminal,
 }
 
@@ -53,7 +54,6 @@ pub struct CreateOptions<'a> {
 
 /// Why a container was not created. Whatever had been made is gone again.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
 pub enum CreateError {
     /// The specification asks for what is not supported.
     #[error(transparent)]
@@ -108,7 +108,7 @@ pub fn create(options: CreateOptions<'_>) -> Result<Container, CreateError> {
     let spec = options.spec;
     spec_support::validate(spec)?;
     let asked = spec.process().as_ref();
-    let terminal = asked.and_then(Process::terminal) == Some(true);
+    let terminal = asked.and_then(oci_spec::runtime::Process::terminal) == Some(true);
     if terminal != matches!(options.stdio, ContainerStdio::Terminal) {
         return Err(CreateError::Stdio { terminal });
     }
@@ -170,14 +170,8 @@ impl Launched {
     fn into_container(self, cgroup: Cgroup, spec: &Spec) -> Container {
         let mut warnings = spec_support::warnings(spec);
         warnings.extend(self.reported.warnings);
-        Container::new(
-            self.pid,
-            self.pidfd,
-            self.reported.console,
-            warnings,
-            self.channel,
-            cgroup,
-        )
+        let init = Process::new(self.pid, self.pidfd, self.channel, self.reported.console);
+        Container::new(cgroup, init, warnings, spec)
     }
 }
 

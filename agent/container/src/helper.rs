@@ -4,7 +4,7 @@
 //! the container's cgroup and the pod's namespaces, and clones the init into
 //! the new ones.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -32,6 +32,8 @@ enum HelperError {
     Descriptors,
     #[error("cannot read the specification")]
     Specification(#[source] io::Error),
+    #[error("cannot give up the agent's protection from the OOM killer")]
+    OomScore(#[source] io::Error),
     #[error("cannot join the container's cgroup")]
     Cgroup(#[source] io::Error),
     #[error(transparent)]
@@ -94,6 +96,10 @@ fn run(channel: &Channel) -> Result<(), HelperError> {
         }
     };
     let spec = read_specification(specification)?;
+    // The agent's own is -1000: a container that inherited it could fill the
+    // guest's memory, and the OOM killer would find nothing to kill. Before the
+    // first limit counts; the init sets what the specification asks for.
+    fs::write("/proc/self/oom_score_adj", "0").map_err(HelperError::OomScore)?;
     // In the cgroup from here on, so that killing the cgroup is enough to clean up.
     openat(
         &cgroup,

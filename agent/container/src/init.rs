@@ -16,10 +16,10 @@ use nix::unistd::{chdir, dup2_stderr, dup2_stdin, dup2_stdout, getcwd, sethostna
 use oci_spec::runtime::{Process, Spec};
 
 use crate::control::{Channel, ChannelError, Command, Report};
+use crate::credentials::{self, CapabilitySets, CredentialsError};
 use crate::kernel_calls::{bring_loopback_up, close_on_exec_from, reset_signals, set_domain_name};
 use crate::namespaces;
-use crate::process::{self, CapabilitySets, ProcessError};
-use crate::program::{Program, ProgramError};
+use crate::program::{self, Program, ProgramError};
 use crate::rootfs::{self, Root, RootfsError, Sources, new_procfs};
 use crate::seccomp::{Filter, SeccompError};
 use crate::sysctl::{self, SysctlError};
@@ -37,7 +37,7 @@ enum InitError {
     #[error(transparent)]
     Sysctl(#[from] SysctlError),
     #[error(transparent)]
-    Process(#[from] ProcessError),
+    Credentials(#[from] CredentialsError),
     #[error(transparent)]
     Seccomp(#[from] SeccompError),
     #[error(transparent)]
@@ -127,7 +127,7 @@ fn run(channel: &Channel, init: Init) -> Result<Infallible, InitError> {
     rootfs::enter(&root.into_directory(), propagation)?;
 
     if let Some(score) = process.oom_score_adj() {
-        process::set_oom_score(&procfs, score)?;
+        credentials::set_oom_score(&procfs, score)?;
     }
     drop(procfs);
     become_streams(&streams)?;
@@ -195,15 +195,18 @@ fn prepare(spec: &Spec, process: &Process) -> Result<(Prepared, Vec<String>), In
         .map(Filter::compile)
         .transpose()?;
     let (capabilities, warnings) = CapabilitySets::new(process.capabilities().as_ref());
-    process::give_streams(user)?;
+    credentials::give_streams(user)?;
     make_working_directory(process.cwd())?;
     capabilities.drop_bounding()?;
-    process::become_user(user)?;
+    credentials::become_user(user)?;
     change_directory(process.cwd())?;
-    let program = Program::find(process)?;
+    // Not with the privileges that are left to set the process up: the program
+    // that is found must be one that the process may execute.
+    let path = capabilities.with_effective(|| program::locate(process))??;
+    let program = Program::try_new(path, process)?;
     // After the last file was opened and before the last capability goes:
     // RLIMIT_NOFILE may be tiny, and raising a limit is a privilege.
-    process::set_limits(process)?;
+    credentials::set_limits(process)?;
     Ok((
         Prepared {
             program,
@@ -250,7 +253,7 @@ fn start(prepared: &Prepared) -> Result<Infallible, InitError> {
     // The socket included: its end tells the creator that the program runs.
     close_on_exec_from(3).map_err(failed("close descriptors at the start"))?;
     if prepared.no_new_privileges {
-        process::set_no_new_privileges()?;
+        credentials::set_no_new_privileges()?;
         prepared.capabilities.apply()?;
         if let Some(filter) = &prepared.seccomp {
             filter.install()?;

@@ -6,7 +6,7 @@
 //! joins the container's cgroup, clones the container's *init* into new
 //! namespaces as its own sibling (so that the init is the agent's child) and
 //! ends. The init builds the root file system, reports and waits; on
-//! [`Container::start`] it executes the user's program.
+//! [`Process::start`] it executes the user's program.
 //!
 //! Nothing here waits for a child process: the caller reaps every process of
 //! the guest, the helper and each init included. Results travel over a socket,
@@ -19,6 +19,7 @@ mod cgroup;
 mod container;
 mod control;
 mod create;
+mod credentials;
 mod helper;
 mod init;
 mod kernel_calls;
@@ -32,9 +33,10 @@ mod sysctl;
 mod terminal;
 
 pub use cgroup::CgroupError;
-pub use container::{Container, SignalError, StartError};
+pub use container::Container;
 pub use create::{ContainerStdio, CreateError, CreateOptions, create};
 pub use helper::helper_main;
+pub use process::{Process, SignalError, StartError};
 pub use spec_support::{ParseError, Unsupported, parse, validate};
 
 /// First argument with which the agent's binary is executed as the helper. Its

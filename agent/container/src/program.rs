@@ -11,7 +11,7 @@ use nix::sys::stat::stat;
 use nix::unistd::{AccessFlags, execve, faccessat};
 use oci_spec::runtime::Process;
 
-use crate::process::home_directory;
+use crate::credentials::home_directory;
 
 /// Why the program cannot be executed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -50,12 +50,11 @@ pub struct Program {
 }
 
 impl Program {
-    /// Finds the program as the user, in the container, in its working directory.
-    pub fn find(process: &Process) -> Result<Self, ProgramError> {
+    /// The program at `path`, which [`locate`] found, with the process's
+    /// arguments and environment.
+    pub fn try_new(path: PathBuf, process: &Process) -> Result<Self, ProgramError> {
         let asked = process.args().as_deref().unwrap_or_default();
         let mut environment = process.env().clone().unwrap_or_default();
-        let name = asked.first().map(String::as_str).unwrap_or_default();
-        let path = find(name, search_path(&environment))?;
         if !environment.iter().any(|entry| entry.starts_with("HOME=")) {
             environment.push(format!("HOME={}", home_directory(process.user().uid())));
         }
@@ -78,6 +77,15 @@ impl Program {
             }
         })
     }
+}
+
+/// Finds the program for the calling thread: with its user, effective
+/// capabilities, root and working directory.
+pub fn locate(process: &Process) -> Result<PathBuf, ProgramError> {
+    let asked = process.args().as_deref().unwrap_or_default();
+    let environment = process.env().as_deref().unwrap_or_default();
+    let name = asked.first().map(String::as_str).unwrap_or_default();
+    find(name, search_path(environment))
 }
 
 fn c_strings(texts: &[String], field: &'static str) -> Result<Vec<CString>, ProgramError> {

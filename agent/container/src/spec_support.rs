@@ -29,7 +29,6 @@ impl Unsupported {
 
 /// Why a configuration was not understood.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
 pub enum ParseError {
     /// Not a valid runtime configuration.
     #[error("the container's configuration is not a valid OCI runtime specification")]

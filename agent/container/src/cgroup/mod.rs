@@ -24,7 +24,6 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What failed with a cgroup.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
 pub enum CgroupError {
     /// It exists already.
     #[error("cgroup {path} exists already")]

@@ -27,7 +27,11 @@ pub fn mask(tree: &Tree, path: &Path, null: BorrowedFd<'_>) -> Result<(), Rootfs
         let mount = if kind == SFlag::S_IFDIR {
             new_empty_directory()?
         } else {
-            clone_mount(null, false)?
+            // Read-only: its owner and mode are those of the guest's own node,
+            // which every container's masked files are.
+            let mount = clone_mount(null, false)?;
+            set_mount_attributes(mount.as_fd(), READONLY, false)?;
+            mount
         };
         attach_mount(mount.as_fd(), target)
     })

@@ -192,7 +192,7 @@ impl Host {
     /// The error that creating must end with.
     pub fn create_error(&self, id: &str, spec: &Value) -> String {
         match self.create(id, spec) {
-            Ok((mut container, _)) => {
+            Ok((container, _)) => {
                 container.delete().unwrap();
                 panic!("the container was created");
             }
@@ -202,13 +202,16 @@ impl Host {
 
     /// Runs a container to its end.
     pub fn run(&self, id: &str, spec: &Value) -> Outcome {
-        let (mut container, mut reader) = self
+        let (container, mut reader) = self
             .create(id, spec)
             .unwrap_or_else(|error| panic!("{error}"));
-        container.start().unwrap_or_else(|error| panic!("{error}"));
+        container
+            .init()
+            .start()
+            .unwrap_or_else(|error| panic!("{error}"));
         let mut output = String::new();
         reader.read_to_string(&mut output).unwrap();
-        let status = wait(container.pid());
+        let status = wait(container.init().pid());
         let warnings = container.warnings().to_vec();
         container.delete().unwrap();
         Outcome {

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 
 unsafe extern "C" {
     fn syscall(number: i64, ...) -> i64;
@@ -53,6 +53,11 @@ fn run(line: &str) -> Result<String, std::io::Error> {
         ["append", path] => {
             fs::OpenOptions::new().append(true).open(path)?;
             "opened".into()
+        }
+        ["chmod", path, mode] => {
+            let mode = u32::from_str_radix(mode, 8).unwrap();
+            fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+            "changed".into()
         }
         ["mkdir", path] => {
             fs::create_dir(path)?;

@@ -72,6 +72,8 @@ pub fn run_protected_paths(host: &Host) {
         "a",
         &[
             "cat /secret",
+            // As it is, should it reach the machine's own /dev/null after all.
+            "chmod /secret 666",
             "ls /hidden",
             "write /hidden/f x",
             "append /proc/sys/kernel/hostname",
@@ -100,6 +102,7 @@ pub fn run_protected_paths(host: &Host) {
     let outcome = host.run("a", &spec);
     let readonly = format!("error {}", libc::EROFS);
     assert_eq!(outcome.of("cat /secret"), "");
+    assert_eq!(outcome.of("chmod /secret 666"), readonly);
     assert_eq!(outcome.of("ls /hidden"), "");
     assert_eq!(outcome.of("write /hidden/f x"), readonly);
     assert_eq!(outcome.of("append /proc/sys/kernel/hostname"), readonly);

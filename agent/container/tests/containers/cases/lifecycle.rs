@@ -43,11 +43,14 @@ pub fn start_unusable_program(host: &Host) {
     ] {
         fs::write(&program, text).unwrap();
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
-        let (mut container, _reader) = host.create("a", &spec).unwrap();
-        let error = container.start().unwrap_err();
+        let (container, _reader) = host.create("a", &spec).unwrap();
+        let error = container.init().start().unwrap_err();
         assert_eq!(error.to_string(), expected);
-        assert!(matches!(container.start(), Err(StartError::AlreadyStarted)));
-        assert_eq!(wait(container.pid()).code(), Some(1));
+        assert!(matches!(
+            container.init().start(),
+            Err(StartError::AlreadyStarted { .. })
+        ));
+        assert_eq!(wait(container.init().pid()).code(), Some(1));
         container.delete().unwrap();
     }
 }
@@ -97,37 +100,71 @@ pub fn create_failures(host: &Host) {
 
 pub fn create_taken_cgroup(host: &Host) {
     let spec = host.spec("a", &["sleep"]);
-    let (mut container, _reader) = host.create("a", &spec).unwrap();
-    container.start().unwrap();
+    let (container, _reader) = host.create("a", &spec).unwrap();
+    container.init().start().unwrap();
     match host.create("a", &spec) {
         Err(CreateError::Cgroup(error)) => assert!(error.to_string().ends_with("exists already")),
         other => panic!("{other:?}"),
     }
-    assert_eq!(container.pids().unwrap(), [container.pid()]);
+    assert_eq!(container.pids().unwrap(), [container.init().pid()]);
     container.delete().unwrap();
-    assert_eq!(wait(container.pid()).signal(), Some(libc::SIGKILL));
+    assert_eq!(wait(container.init().pid()).signal(), Some(libc::SIGKILL));
 }
 
 pub fn signal_processes(host: &Host) {
-    let (mut container, mut reader) = host
+    let (container, mut reader) = host
         .create("a", &host.spec("a", &["fork-forever 2", "sleep"]))
         .unwrap();
-    container.start().unwrap();
+    container.init().start().unwrap();
     read_until(&mut reader, "forked");
     assert_eq!(container.pids().unwrap().len(), 3);
-    assert!(container.signal(0).is_ok());
-    assert!(container.signal(9999).is_err());
+    assert!(container.init().signal(0).is_ok());
+    assert!(container.init().signal(9999).is_err());
     // Nobody's init dies of a signal that it does not handle, but its children do.
     container.signal_all(libc::SIGTERM).unwrap();
-    container.signal(libc::SIGTERM).unwrap();
+    container.init().signal(libc::SIGTERM).unwrap();
     container.signal_all(libc::SIGKILL).unwrap();
-    assert_eq!(wait(container.pid()).signal(), Some(libc::SIGKILL));
+    assert_eq!(wait(container.init().pid()).signal(), Some(libc::SIGKILL));
     assert!(matches!(
-        container.signal(libc::SIGTERM),
+        container.init().signal(libc::SIGTERM),
         Err(agent_container::SignalError::Ended { .. })
     ));
     container.delete().unwrap();
     assert!(container.pids().unwrap().is_empty());
+}
+
+pub fn start_that_hangs(host: &Host) {
+    let (container, _reader) = host.create("a", &host.spec("a", &["sleep"])).unwrap();
+    let init = container.init();
+    // As one whose program's file does not come: it takes the order and never acts.
+    init.signal(libc::SIGSTOP).unwrap();
+    std::thread::scope(|scope| {
+        let started = scope.spawn(|| init.start());
+        init.signal(0).unwrap();
+        assert_eq!(container.pids().unwrap(), [init.pid()]);
+        container.delete().unwrap();
+        // That it was killed, its exit tells; or the deletion was first.
+        let started = started.join().unwrap();
+        assert!(matches!(
+            started,
+            Ok(()) | Err(StartError::AlreadyStarted { .. } | StartError::Ended { .. })
+        ));
+    });
+    assert_eq!(wait(init.pid()).signal(), Some(libc::SIGKILL));
+}
+
+pub fn container_binds(host: &Host) {
+    let volume = host.share().join("volumes/0");
+    fs::create_dir_all(&volume).unwrap();
+    let mut spec = host.spec("a", &["exit 0"]);
+    spec["mounts"].as_array_mut().unwrap().push(
+        json!({"destination": "/data", "type": "bind", "source": volume, "options": ["rbind"]}),
+    );
+    let (container, _reader) = host.create("a", &spec).unwrap();
+    assert_eq!(container.bind_sources(), [volume]);
+    assert_eq!(container.root(), host.share().join("containers/a/rootfs"));
+    container.delete().unwrap();
+    wait(container.init().pid());
 }
 
 pub fn delete_everything(host: &Host) {
@@ -135,8 +172,8 @@ pub fn delete_everything(host: &Host) {
     if host.has_controller("pids") {
         spec["linux"]["resources"]["pids"] = json!({"limit": 64});
     }
-    let (mut container, mut reader) = host.create("a", &spec).unwrap();
-    container.start().unwrap();
+    let (container, mut reader) = host.create("a", &spec).unwrap();
+    container.init().start().unwrap();
     read_until(&mut reader, "forked");
     container.delete().unwrap();
     container.delete().unwrap();
@@ -144,15 +181,16 @@ pub fn delete_everything(host: &Host) {
     container.signal_all(libc::SIGTERM).unwrap();
     // Every writer is gone.
     assert_eq!(reader.read(&mut [0]).unwrap(), 0);
-    assert_eq!(wait(container.pid()).signal(), Some(libc::SIGKILL));
+    assert_eq!(wait(container.init().pid()).signal(), Some(libc::SIGKILL));
 }
 
 pub fn delete_never_started(host: &Host) {
-    let (mut container, mut reader) = host.create("a", &host.spec("a", &["exit 0"])).unwrap();
+    let (container, mut reader) = host.create("a", &host.spec("a", &["exit 0"])).unwrap();
     container.delete().unwrap();
     assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+    assert_eq!(wait(container.init().pid()).signal(), Some(libc::SIGKILL));
     let (container, mut reader) = host.create("b", &host.spec("b", &["exit 0"])).unwrap();
-    let pid = container.pid();
+    let pid = container.init().pid();
     drop(container);
     wait(pid);
     assert_eq!(reader.read(&mut [0]).unwrap(), 0);

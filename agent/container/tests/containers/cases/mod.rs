@@ -9,7 +9,7 @@ use crate::fixture::Host;
 
 type Case = fn(&Host);
 
-pub const ALL: [(&str, Case); 28] = [
+pub const ALL: [(&str, Case); 32] = [
     ("run_exit_code_is_the_programs", process::run_exit_code),
     (
         "run_streams_connect_and_nothing_else_is_open",
@@ -30,6 +30,14 @@ pub const ALL: [(&str, Case); 28] = [
     (
         "run_unprivileged_user_has_no_capability_but_ambient",
         process::run_unprivileged,
+    ),
+    (
+        "run_without_oom_score_does_not_inherit_the_agents",
+        process::run_without_oom_score,
+    ),
+    (
+        "run_program_is_one_that_the_user_may_execute",
+        process::run_search,
     ),
     (
         "run_default_mounts_and_devices_are_there",
@@ -90,6 +98,14 @@ pub const ALL: [(&str, Case); 28] = [
         lifecycle::create_taken_cgroup,
     ),
     ("signal_reaches_init_and_all", lifecycle::signal_processes),
+    (
+        "start_that_hangs_holds_up_neither_signal_nor_delete",
+        lifecycle::start_that_hangs,
+    ),
+    (
+        "container_tells_its_root_and_bind_sources",
+        lifecycle::container_binds,
+    ),
     (
         "delete_kills_everything_and_is_idempotent",
         lifecycle::delete_everything,

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use agent_container::ContainerStdio;
@@ -33,13 +34,13 @@ pub fn run_streams(host: &Host) {
         stdout,
         stderr,
     };
-    let mut container = host.create_with("a", &spec, stdio).unwrap();
-    container.start().unwrap();
+    let container = host.create_with("a", &spec, stdio).unwrap();
+    container.init().start().unwrap();
     File::from(input).write_all(b"hello").unwrap();
     let mut text = String::new();
     File::from(output).read_to_string(&mut text).unwrap();
     assert_eq!(text, "== echo-input\nhello\n== descriptors\n3\n");
-    wait(container.pid());
+    wait(container.init().pid());
     container.delete().unwrap();
 }
 
@@ -210,6 +211,22 @@ pub fn run_identity(host: &Host) {
     );
 }
 
+pub fn run_without_oom_score(host: &Host) {
+    let own = "/proc/self/oom_score_adj";
+    let line = "cat /proc/self/oom_score_adj";
+    let mut spec = host.spec("a", &[line]);
+    spec["process"]
+        .as_object_mut()
+        .unwrap()
+        .remove("oomScoreAdj");
+    // In the agent's place; its -1000 takes a privilege that this machine may lack.
+    let before = fs::read_to_string(own).unwrap();
+    fs::write(own, "500").unwrap();
+    let outcome = host.run("a", &spec);
+    fs::write(own, before.trim()).unwrap();
+    assert_eq!(outcome.of(line), "0");
+}
+
 pub fn run_unprivileged(host: &Host) {
     let mut spec = host.spec(
         "a",
@@ -243,6 +260,38 @@ pub fn run_unprivileged(host: &Host) {
     assert_eq!(
         outcome.warnings,
         ["process.capabilities.ambient: CAP_KILL is not both permitted and inheritable"]
+    );
+}
+
+pub fn run_search(host: &Host) {
+    let mut spec = host.spec("a", &[]);
+    let rootfs = host.share().join("containers/a/rootfs");
+    for directory in ["private", "bin"] {
+        fs::create_dir(rootfs.join(directory)).unwrap();
+        fs::copy(
+            rootfs.join("payload"),
+            rootfs.join(directory).join("program"),
+        )
+        .unwrap();
+    }
+    fs::set_permissions(rootfs.join("private"), fs::Permissions::from_mode(0o700)).unwrap();
+    spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+    spec["process"]["capabilities"] = json!({});
+    spec["process"]["env"] = json!(["PATH=/private:/bin"]);
+    spec["process"]["args"] = json!(["program", "link /proc/self/exe"]);
+    let outcome = host.run("a", &spec);
+    assert_eq!(outcome.of("link /proc/self/exe"), "/bin/program");
+
+    spec["process"]["args"] = json!(["/private/program"]);
+    assert_eq!(
+        host.create_error("a", &spec),
+        "exec: \"/private/program\": stat /private/program: permission denied"
+    );
+    spec["process"]["env"] = json!(["PATH=/private"]);
+    spec["process"]["args"] = json!(["program"]);
+    assert_eq!(
+        host.create_error("a", &spec),
+        "exec: \"program\": executable file not found in $PATH"
     );
 }
 
@@ -309,19 +358,19 @@ pub fn run_terminal(host: &Host) {
         .as_array_mut()
         .unwrap()
         .push(json!("exit 5"));
-    let mut container = host
+    let container = host
         .create_with("a", &spec, ContainerStdio::Terminal)
         .unwrap();
-    let mut console = File::from(container.take_console().unwrap());
-    assert!(container.take_console().is_none());
-    container.start().unwrap();
+    let mut console = File::from(container.init().take_console().unwrap());
+    assert!(container.init().take_console().is_none());
+    container.init().start().unwrap();
     let output = read_until(&mut console, "to-the-tty");
     assert!(output.contains("== terminal\r\n1 33x101\r\n"), "{output}");
     assert!(
         output.contains("== stat /dev/console\r\ndevice 620 1000:"),
         "{output}"
     );
-    assert_eq!(wait(container.pid()).code(), Some(5));
+    assert_eq!(wait(container.init().pid()).code(), Some(5));
     container.delete().unwrap();
 
     let error = host.create_error("a", &spec);
