@@ -28,11 +28,22 @@ const FILES: [&str; 5] = [
     "share/bulkhead/initramfs.cpio",
 ];
 
+/// The oldest kernel: the first with `cgroup.kill`, by which a pod is killed.
+const OLDEST_KERNEL: (u32, u32) = (5, 14);
+/// From here on `vm.memfd_noexec` forbids programs in memory, such as the
+/// stand-ins' (Documentation/userspace-api/mfd_noexec.rst).
+const MEMFD_FORBIDDEN: u32 = 2;
+
 type Outcome = Result<String, String>;
 
 /// Checks everything, prints a line each, and fails if any failed.
 pub fn run(prefix: &Path) -> ExitCode {
     let outcomes = [
+        (
+            "kernel",
+            check_kernel(Path::new("/proc/sys/kernel/osrelease")),
+        ),
+        ("memfd", check_memfd(Path::new("/proc/sys/vm/memfd_noexec"))),
         ("KVM", check_kvm()),
         ("cgroups", check_cgroups(Path::new("/sys/fs/cgroup"))),
         ("files", check_files(prefix)),
@@ -47,6 +58,39 @@ pub fn run(prefix: &Path) -> ExitCode {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
+    }
+}
+
+fn check_kernel(osrelease: &Path) -> Outcome {
+    let text = fs::read_to_string(osrelease)
+        .map_err(|error| format!("{}: {error}", osrelease.display()))?;
+    let release = text.trim();
+    let mut numbers = release.split(|character: char| !character.is_ascii_digit());
+    let mut next = || numbers.next().and_then(|number| number.parse().ok());
+    let (oldest_major, oldest_minor) = OLDEST_KERNEL;
+    match (next(), next()) {
+        (Some(major), Some(minor)) if (major, minor) >= OLDEST_KERNEL => Ok(release.to_owned()),
+        _ => Err(format!(
+            "Linux {release}: need {oldest_major}.{oldest_minor} or later; upgrade the host's kernel"
+        )),
+    }
+}
+
+fn check_memfd(sysctl: &Path) -> Outcome {
+    let text = match fs::read_to_string(sysctl) {
+        // Linux before 6.3 has no such thing.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Ok("programs in memory are allowed".to_owned());
+        }
+        other => other.map_err(|error| format!("{}: {error}", sysctl.display()))?,
+    };
+    let value = text.trim();
+    match value.parse::<u32>() {
+        Ok(number) if number < MEMFD_FORBIDDEN => Ok(format!("vm.memfd_noexec is {value}")),
+        _ => Err(format!(
+            "vm.memfd_noexec is {value}, which forbids programs in memory, and no container would start; \
+             sysctl -w vm.memfd_noexec=1, and look below /etc/sysctl.d for what sets it"
+        )),
     }
 }
 
@@ -114,6 +158,38 @@ fn check_files(prefix: &Path) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A file like one below /proc/sys.
+    fn sysctl(text: &str) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().expect("temporary file");
+        fs::write(&file, text).expect("writes");
+        file
+    }
+
+    #[test]
+    fn check_kernel_older_than_cgroup_kill_is_refused() {
+        for (release, new_enough) in [
+            ("5.14.0-503.el9.x86_64\n", true),
+            ("6.1.0-9-amd64\n", true),
+            ("10.0\n", true),
+            ("5.13.19\n", false),
+            ("4.18.0\n", false),
+            ("nonsense\n", false),
+        ] {
+            let outcome = check_kernel(sysctl(release).path());
+            assert_eq!(outcome.is_ok(), new_enough, "{release}");
+        }
+        let outcome = check_kernel(sysctl("5.10.0\n").path());
+        assert!(outcome.is_err_and(|text| text.contains("5.14")));
+    }
+
+    #[test]
+    fn check_memfd_that_forbids_programs_names_the_sysctl() {
+        assert!(check_memfd(Path::new("/nonexistent")).is_ok());
+        assert!(check_memfd(sysctl("1\n").path()).is_ok());
+        let outcome = check_memfd(sysctl("2\n").path());
+        assert!(outcome.is_err_and(|text| text.contains("sysctl -w vm.memfd_noexec=1")));
+    }
 
     #[test]
     fn check_files_missing_kernel_is_named() {

@@ -65,6 +65,16 @@ impl DebianRoot {
         self
     }
 
+    /// Adds packages in the version of the suite's backports. What they depend on comes from the suite itself: name those
+    /// of their own source along with them.
+    #[must_use]
+    pub fn backports<'a>(self, packages: impl IntoIterator<Item = &'a str>) -> Self {
+        let packages = packages
+            .into_iter()
+            .map(|package| format!("{package}/{SUITE}-backports"));
+        self.packages(packages.collect::<Vec<_>>())
+    }
+
     /// Adds a shell command that mmdebstrap runs at the end on the host, with the root's path as `$1`.
     #[must_use]
     pub fn customize(mut self, hook: impl Into<String>) -> Self {
@@ -164,6 +174,10 @@ mod tests {
         let plain = DebianRoot::new("a");
         assert_eq!(plain.recipe(), DebianRoot::new("b").recipe());
         assert_ne!(plain.recipe(), plain.clone().packages(["busybox"]).recipe());
+        assert_ne!(
+            plain.clone().packages(["busybox"]).recipe(),
+            plain.clone().backports(["busybox"]).recipe()
+        );
         assert_ne!(
             plain.recipe(),
             plain.clone().customize("mkdir \"$1/src\"").recipe()

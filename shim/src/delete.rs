@@ -3,30 +3,31 @@
 //! containerd runs this after a shim has gone, and after each ordinary delete
 //! of a task as well; it has five seconds.
 
-use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 use std::time::Duration;
 
-use containerd_shim_protos::api::{DeleteResponse, ShutdownRequest};
+use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::events::task::{TaskDelete, TaskExit};
-use containerd_shim_protos::shim_async::{Client, TaskClient};
 use protobuf::{Message, MessageField};
 use thiserror::Error;
-use ttrpc::context;
 
 use crate::args::Invocation;
-use crate::bootstrap::{is_alive, socket_path, take_turn};
+use crate::bootstrap::{dismiss, remove_dead_socket, socket_path};
 use crate::events::{Event, Events, now_ns, timestamp};
-use crate::host::cleanup::{Deleted, cleanup};
+use crate::host::cleanup::{Deleted, Member, cleanup};
+use crate::host::deadline::Deadline;
 use crate::host::directory::{self, PodPaths, RUN_ROOT};
 use crate::host::pod::ExitRecord;
 use crate::pod::chain;
 
 /// What a process that was killed with its pod has: 128 + SIGKILL.
 const KILLED_STATUS: u32 = 137;
-/// How long a shim that may be idle has to say goodbye.
-const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long all of it may take: less than the five seconds after which
+/// containerd kills it, with a margin for the start of a process.
+const RUN_TIMEOUT: Duration = Duration::from_millis(4500);
+/// How long the cleaning may take of that: the events need some, too.
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(4);
 /// How long the events of a dead pod's members may take.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -59,6 +60,8 @@ pub enum Error {
 
 /// Does `delete` and writes a `DeleteResponse` to standard output.
 pub fn delete(invocation: &Invocation) -> Result<(), Error> {
+    let end = Deadline::after(RUN_TIMEOUT);
+    let cleaned = Deadline::after(CLEANUP_TIMEOUT);
     let paths = PodPaths::try_new(&invocation.namespace, &invocation.id)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -67,20 +70,20 @@ pub fn delete(invocation: &Invocation) -> Result<(), Error> {
             operation: "start a runtime",
             source,
         })?;
-    let socket = socket_path(&paths);
-    runtime.block_on(dismiss(&socket, &invocation.id));
-    let deleted =
-        cleanup(Path::new(RUN_ROOT), &invocation.namespace, &invocation.id).map_err(|source| {
-            Error::Cleanup {
-                id: invocation.id.clone(),
-                source,
-            }
-        })?;
-    remove_short_socket(&paths, &socket);
+    // Such as when containerd died between `start` and Create. A shim with
+    // tasks stays.
+    runtime.block_on(dismiss(&socket_path(&paths), paths.id()));
+    let root = Path::new(RUN_ROOT);
+    let deleted = cleanup(root, paths.namespace(), paths.id(), cleaned);
+    let deleted = deleted.map_err(|source| Error::Cleanup {
+        id: invocation.id.clone(),
+        source,
+    })?;
+    remove_dead_socket(&paths);
     for failure in &deleted.hook_failures {
         eprintln!("{}", chain(failure));
     }
-    runtime.block_on(tell_members(invocation, &deleted));
+    runtime.block_on(tell_members(invocation, &deleted, end));
     io::stdout()
         .write_all(&response(&deleted))
         .map_err(|source| Error::Io {
@@ -89,70 +92,44 @@ pub fn delete(invocation: &Invocation) -> Result<(), Error> {
         })
 }
 
-/// A socket with a short name lies outside of the pod's directory, where nobody
-/// removes it after a kill.
-fn remove_short_socket(paths: &PodPaths, socket: &Path) {
-    if socket == paths.shim_socket() {
-        return;
-    }
-    // A `start` that is under way may be making it anew.
-    if let Ok(_turn) = take_turn(paths.root())
-        && !is_alive(socket)
-    {
-        let _ = fs::remove_file(socket);
-    }
-}
-
-/// Asks the pod's shim to go if it has nothing to do, such as when containerd
-/// died between `start` and Create. A shim with tasks stays.
-async fn dismiss(socket: &Path, id: &str) {
-    let asked = async {
-        let client = Client::connect(&format!("unix://{}", socket.display())).await?;
-        let timeout_ns = i64::try_from(SHUTDOWN_TIMEOUT.as_nanos()).unwrap_or(i64::MAX);
-        let request = ShutdownRequest {
-            id: id.to_owned(),
-            ..ShutdownRequest::default()
-        };
-        TaskClient::new(client)
-            .shutdown(context::with_timeout(timeout_ns), &request)
-            .await
-    };
-    // Usually nobody is there.
-    let _: Result<ttrpc::Result<_>, _> = tokio::time::timeout(SHUTDOWN_TIMEOUT, asked).await;
-}
-
 /// containerd 2.0 to 2.3 does not tell that a dead pod's other containers have
 /// ended, unless this does.
-async fn tell_members(invocation: &Invocation, deleted: &Deleted) {
+async fn tell_members(invocation: &Invocation, deleted: &Deleted, end: Deadline) {
     if deleted.members.is_empty() {
         return;
     }
     let address =
         std::env::var("TTRPC_ADDRESS").unwrap_or_else(|_| format!("{}.ttrpc", invocation.address));
     let events = Events::start(&address, &invocation.namespace);
-    for (id, exit) in &deleted.members {
-        let ExitRecord {
-            status,
-            exited_at_ns,
-        } = exit_of(*exit);
-        // An exit that is on record was told when it happened.
-        if exit.is_none() {
-            events.publish(&Event::Exit(TaskExit {
-                container_id: id.clone(),
-                id: id.clone(),
-                exit_status: status,
-                exited_at: MessageField::some(timestamp(exited_at_ns)),
-                ..TaskExit::default()
-            }));
-        }
-        events.publish(&Event::Delete(TaskDelete {
-            container_id: id.clone(),
-            exit_status: status,
-            exited_at: MessageField::some(timestamp(exited_at_ns)),
-            ..TaskDelete::default()
-        }));
+    for event in deleted.members.iter().flat_map(obituary) {
+        events.publish(&event);
     }
-    events.flush(FLUSH_TIMEOUT).await;
+    events.flush(end.within(FLUSH_TIMEOUT)).await;
+}
+
+/// Exit and deletion of a container that died with its pod.
+fn obituary(member: &Member) -> [Event; 2] {
+    let ExitRecord {
+        status,
+        exited_at_ns,
+    } = exit_of(None);
+    let exited_at = MessageField::some(timestamp(exited_at_ns));
+    let exit = TaskExit {
+        container_id: member.id.clone(),
+        id: member.id.clone(),
+        pid: member.pid,
+        exit_status: status,
+        exited_at: exited_at.clone(),
+        ..TaskExit::default()
+    };
+    let delete = TaskDelete {
+        container_id: member.id.clone(),
+        pid: member.pid,
+        exit_status: status,
+        exited_at,
+        ..TaskDelete::default()
+    };
+    [Event::Exit(exit), Event::Delete(delete)]
 }
 
 fn exit_of(exit: Option<ExitRecord>) -> ExitRecord {
@@ -205,5 +182,22 @@ mod tests {
             ),
             (7, 3, 1)
         );
+    }
+
+    #[test]
+    fn obituary_of_a_member_carries_its_pid() {
+        let member = Member {
+            id: "m".to_owned(),
+            pid: 7,
+        };
+        let [Event::Exit(exit), Event::Delete(delete)] = obituary(&member) else {
+            panic!("the exit is told first");
+        };
+        assert_eq!(
+            (exit.id.as_str(), exit.pid, exit.exit_status),
+            ("m", 7, 137)
+        );
+        assert_eq!((delete.container_id.as_str(), delete.pid), ("m", 7));
+        assert_eq!(exit.exited_at, delete.exited_at);
     }
 }

@@ -15,7 +15,7 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{MessageField, MessageFull};
 use tokio::sync::watch;
 use tracing::{debug, warn};
-use ttrpc::context;
+use ttrpc::{Code, context};
 
 /// Most events kept while containerd is away; the oldest go first. A pod makes
 /// four for each container it runs.
@@ -25,6 +25,11 @@ const FORWARD_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pauses between attempts while containerd does not answer.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// How often an event is sent that containerd answers with an error, about half
+/// a minute's worth: its exchange may not be up yet, but one event must not hold
+/// up the others for ever.
+const MAX_REFUSALS: u32 = 12;
 
 /// One thing to tell.
 #[derive(Clone, Debug)]
@@ -173,27 +178,36 @@ async fn send(
 ) {
     let mut client = None;
     let mut pause = FIRST_PAUSE;
+    let mut refusals = 0;
     while waiting.wait_for(|waiting| *waiting > 0).await.is_ok() {
         let Some(envelope) = locked(&queue).front().cloned() else {
             continue;
         };
-        match forward(&address, &mut client, envelope.clone()).await {
-            Ok(()) => pause = FIRST_PAUSE,
-            // containerd heard it and does not want it: once more would not help.
+        let again = match forward(&address, &mut client, envelope.clone()).await {
+            Ok(()) => false,
             Err(ttrpc::Error::RpcStatus(status)) => {
-                warn!(
-                    topic = envelope.topic,
-                    "containerd refused an event: {}", status.message
-                );
+                refusals += 1;
+                let lost = gives_up(status.code(), refusals);
+                if lost {
+                    warn!(
+                        topic = envelope.topic,
+                        "containerd refused an event: {}", status.message
+                    );
+                }
+                !lost
             }
             Err(error) => {
                 debug!("containerd does not take events, trying again: {error}");
                 client = None;
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(LONGEST_PAUSE);
-                continue;
+                true
             }
+        };
+        if again {
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+            continue;
         }
+        (pause, refusals) = (FIRST_PAUSE, 0);
         let mut queue = locked(&queue);
         // The front may have been dropped for room meanwhile.
         if queue.front() == Some(&envelope) {
@@ -202,6 +216,15 @@ async fn send(
         if let Some(left) = left.upgrade() {
             left.send_replace(queue.len());
         }
+    }
+}
+
+/// Whether an event that was refused so often is not sent again: it is wrong, or
+/// nobody there takes events, or the others have waited for long enough.
+fn gives_up(code: Code, refusals: u32) -> bool {
+    match code {
+        Code::INVALID_ARGUMENT | Code::NOT_FOUND | Code::UNIMPLEMENTED => true,
+        _ => refusals >= MAX_REFUSALS,
     }
 }
 
@@ -236,22 +259,42 @@ pub(crate) mod tests {
     use ttrpc::r#async::{Server, TtrpcContext};
 
     /// containerd's side of the events service.
-    pub(crate) struct Listener(pub(crate) mpsc::UnboundedSender<Envelope>);
+    struct Listener {
+        received: mpsc::UnboundedSender<Envelope>,
+        /// What to answer first.
+        refusals: Mutex<VecDeque<Code>>,
+    }
 
     #[async_trait]
     impl EventsService for Listener {
         async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
-            let _ = self.0.send(request.envelope.unwrap_or_default());
+            let refusal = self.refusals.lock().expect("unpoisoned").pop_front();
+            if let Some(code) = refusal {
+                let status = ttrpc::get_status(code, "not now");
+                return Err(ttrpc::Error::RpcStatus(status));
+            }
+            let _ = self.received.send(request.envelope.unwrap_or_default());
             Ok(Empty::new())
         }
     }
 
     pub(crate) async fn listen(address: &str) -> (Server, mpsc::UnboundedReceiver<Envelope>) {
+        refuse_first(address, &[]).await
+    }
+
+    async fn refuse_first(
+        address: &str,
+        refusals: &[Code],
+    ) -> (Server, mpsc::UnboundedReceiver<Envelope>) {
         let (sender, receiver) = mpsc::unbounded_channel();
+        let listener = Listener {
+            received: sender,
+            refusals: Mutex::new(refusals.iter().copied().collect()),
+        };
         let mut server = Server::new()
             .bind(address)
             .expect("binds")
-            .register_service(create_events(Arc::new(Listener(sender))));
+            .register_service(create_events(Arc::new(listener)));
         server.start().await.expect("starts");
         (server, receiver)
     }
@@ -302,6 +345,35 @@ pub(crate) mod tests {
         let envelope = received.recv().await.expect("arrives after the restart");
         let event = TaskExit::parse_from_bytes(&envelope.event.value).expect("decodes");
         assert_eq!(event.exit_status, 2);
+    }
+
+    #[tokio::test]
+    async fn publish_refused_for_now_is_sent_again_and_for_good_is_dropped() {
+        let directory = tempfile::tempdir().expect("makes a directory");
+        let address = format!("unix://{}/ttrpc", directory.path().display());
+        let refusals = [Code::UNAVAILABLE, Code::INTERNAL, Code::NOT_FOUND];
+        let (_server, mut received) = refuse_first(&address, &refusals[..2]).await;
+        let events = Events::start(&address, "default");
+        events.publish(&exit(1));
+        let status = |envelope: Envelope| {
+            let event = TaskExit::parse_from_bytes(&envelope.event.value);
+            event.expect("decodes").exit_status
+        };
+        assert_eq!(status(received.recv().await.expect("arrives")), 1);
+
+        let address = format!("unix://{}/other", directory.path().display());
+        let (_server, mut received) = refuse_first(&address, &refusals[2..]).await;
+        let events = Events::start(&address, "default");
+        events.publish(&exit(2));
+        events.publish(&exit(3));
+        assert_eq!(status(received.recv().await.expect("arrives")), 3);
+    }
+
+    #[test]
+    fn gives_up_at_once_on_what_is_wrong_and_late_on_what_may_pass() {
+        assert!(gives_up(Code::INVALID_ARGUMENT, 1));
+        assert!(!gives_up(Code::INTERNAL, MAX_REFUSALS - 1));
+        assert!(gives_up(Code::INTERNAL, MAX_REFUSALS));
     }
 
     #[tokio::test]

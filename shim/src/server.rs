@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -14,12 +14,13 @@ use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
 use crate::args::Invocation;
-use crate::bootstrap::socket_path;
+use crate::bootstrap::{remove_dead_socket, socket_path};
 use crate::events::Events;
-use crate::host::children;
+use crate::host::deadline::Deadline;
 use crate::host::directory::{self, PodLock, PodPaths};
+use crate::host::{children, cleanup};
 use crate::log;
-use crate::pod::host_side;
+use crate::pod::{chain, host_side, log_hooks};
 use crate::service::{Shim, rpc};
 
 /// Threads for what waits; what blocks has threads of its own, which go again.
@@ -30,6 +31,12 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 const LINGER: Duration = Duration::from_secs(30);
 /// How long the last answers may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long a dead shim's pod is left to the `delete` that containerd runs for
+/// it: twice what that has.
+const SWEEP_GRACE: Duration = Duration::from_secs(10);
+/// How long the rest of it may take, hooks and all.
+const SWEEP_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Why there is no server.
 #[derive(Debug, Error)]
@@ -80,7 +87,7 @@ pub fn serve(invocation: &Invocation) -> Result<(), Error> {
         .map_err(failed("start a runtime"))?
         .block_on(run(&paths, listener, PodLock::from_descriptor(lock)));
     if let Err(error) = &served {
-        tracing::error!("{}", crate::pod::chain(error));
+        tracing::error!("{}", chain(error));
     }
     served
 }
@@ -111,6 +118,7 @@ async fn run(paths: &PodPaths, listener: UnixListener, lock: PodLock) -> Result<
         .add_listener(listener)
         .register_service(rpc::services(&shim));
     server.start().await.map_err(Error::Serve)?;
+    spawn_sweep(paths);
     info!(pod = paths.id(), "serving");
 
     tokio::select! {
@@ -139,11 +147,82 @@ async fn reap(mut ended: Signal) {
     }
 }
 
+/// Cleans up, in the background, what a `delete` that was cut short has left in
+/// this namespace: containerd runs it only once.
+fn spawn_sweep(paths: &PodPaths) {
+    let (root, namespace) = (paths.root().to_owned(), paths.namespace().to_owned());
+    // A thread, since the runtime would wait for a blocking task at its end,
+    // and a sweep can be cut short as well.
+    let spawned = std::thread::Builder::new()
+        .name("sweep".to_owned())
+        .spawn(move || sweep(&root, &namespace, SWEEP_GRACE));
+    if let Err(error) = spawned {
+        warn!("what dead shims have left is not looked for: {error}");
+    }
+}
+
+fn sweep(root: &Path, namespace: &str, grace: Duration) {
+    let orphans = cleanup::orphans(root, namespace);
+    if orphans.is_empty() {
+        return;
+    }
+    std::thread::sleep(grace);
+    for orphan in orphans {
+        let pod = orphan.pod.id();
+        match orphan.remove(Deadline::after(SWEEP_TIMEOUT)) {
+            Ok(None) => {}
+            Ok(Some(failures)) => {
+                info!(pod, "removed what a dead shim had left");
+                log_hooks(failures);
+                remove_dead_socket(&orphan.pod);
+            }
+            Err(error) => warn!(pod, "what a dead shim has left stays: {}", chain(&error)),
+        }
+    }
+}
+
 /// Removes what `start` made for a pod that never was. Its lock is still ours:
 /// nobody else's socket has that name.
 fn remove_directory(paths: &PodPaths) {
     let _ = fs::remove_file(socket_path(paths));
-    if let Err(error) = fs::remove_dir(paths.directory()) {
-        warn!("the pod's directory stays: {error}");
+    if let Err(error) = paths.remove() {
+        warn!("the pod's directory stays: {}", chain(&error));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::record::{Process, Record};
+
+    #[test]
+    fn remove_directory_of_the_only_pod_takes_its_namespaces_along() {
+        let root = tempfile::tempdir().expect("directory");
+        let paths = PodPaths::below(root.path(), "default", "c").expect("is an id");
+        let _lock = paths.create_and_lock().expect("is free");
+        let _listener = UnixListener::bind(socket_path(&paths)).expect("binds");
+        remove_directory(&paths);
+        assert_eq!(fs::read_dir(root.path()).expect("lists").count(), 0);
+    }
+
+    #[test]
+    fn sweep_removes_the_pods_of_dead_shims_only() {
+        let root = tempfile::tempdir().expect("directory");
+        let own = Process::of(std::process::id());
+        let dead = Process {
+            start_ticks: own.start_ticks - 1,
+            ..own
+        };
+        let directory = |id: &str, shim: Process| {
+            let paths = PodPaths::below(root.path(), "default", id).expect("is an id");
+            drop(paths.create_and_lock().expect("is free"));
+            let mut record = Record::new();
+            record.shim = Some(shim);
+            record.write(&paths.record()).expect("writes");
+            paths.directory()
+        };
+        let (alive, dead) = (directory("alive", own), directory("dead", dead));
+        sweep(root.path(), "default", Duration::ZERO);
+        assert!(alive.exists() && !dead.exists());
     }
 }

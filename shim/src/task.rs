@@ -109,6 +109,11 @@ impl Lifecycle {
         }
     }
 
+    /// Whether it has ended, told or not.
+    pub fn has_ended(&self) -> bool {
+        self.exit.is_some()
+    }
+
     /// Start was asked for.
     pub fn begin_start(&mut self) -> Result<(), WrongState> {
         match self.phase {

@@ -6,9 +6,10 @@ use std::path::Path;
 const DEFAULT_ARCHIVE: &str = "http://deb.debian.org/debian";
 const DEFAULT_SECURITY: &str = "http://deb.debian.org/debian-security";
 
-/// The apt source lines of `suite`, with its updates and security updates, on the host's own mirrors; on
+/// The apt source lines of `suite`, with its updates, security updates and backports (of which apt takes only what is asked
+/// for by that name), on the host's own mirrors; on
 /// deb.debian.org where the host names none.
-pub(super) fn sources(suite: &str) -> [String; 3] {
+pub(super) fn sources(suite: &str) -> [String; 4] {
     let hosts = host_sources(Path::new("/etc/apt"));
     let archive = mirror_named(&hosts, "debian").unwrap_or(DEFAULT_ARCHIVE);
     let security = mirror_named(&hosts, "debian-security").unwrap_or(DEFAULT_SECURITY);
@@ -16,6 +17,7 @@ pub(super) fn sources(suite: &str) -> [String; 3] {
         format!("deb {archive} {suite} main"),
         format!("deb {archive} {suite}-updates main"),
         format!("deb {security} {suite}-security main"),
+        format!("deb {archive} {suite}-backports main"),
     ]
 }
 

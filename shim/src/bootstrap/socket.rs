@@ -1,4 +1,5 @@
-//! The server's socket: where it is, and whether somebody answers.
+//! The server's socket: where it is, whether somebody answers, and how to ask
+//! that somebody to go.
 
 use std::fmt::Write as _;
 use std::fs::{self, DirBuilder};
@@ -6,8 +7,12 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use containerd_shim_protos::api::ShutdownRequest;
+use containerd_shim_protos::shim_async::{Client, TaskClient};
 use sha2::{Digest, Sha256};
+use ttrpc::context;
 
 use crate::host::directory::PodPaths;
 
@@ -17,6 +22,9 @@ const MAX_SOCKET_PATH_BYTES: usize = 107;
 const SHORT_DIRECTORY: &str = ".sockets";
 /// How much of the digest a short name shows: enough that no two pods meet.
 const SHORT_NAME_BYTES: usize = 16;
+
+/// How long a server that may be idle has to say goodbye.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The socket of a pod's server: `shim.sock` in the pod's directory, or, where
 /// namespace and id make that longer than a socket's path may be, a name made
@@ -54,6 +62,24 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => UnixListener::bind(path),
     }
+}
+
+/// Asks the server of pod `id` to go if it has nothing to do. Nothing happens
+/// where there is none, or one with tasks.
+pub async fn dismiss(socket: &Path, id: &str) {
+    let asked = async {
+        let client = Client::connect(&format!("unix://{}", socket.display())).await?;
+        let timeout_ns = i64::try_from(SHUTDOWN_TIMEOUT.as_nanos()).unwrap_or(i64::MAX);
+        let request = ShutdownRequest {
+            id: id.to_owned(),
+            ..ShutdownRequest::default()
+        };
+        TaskClient::new(client)
+            .shutdown(context::with_timeout(timeout_ns), &request)
+            .await
+    };
+    // Usually nobody is there.
+    let _: Result<ttrpc::Result<_>, _> = tokio::time::timeout(SHUTDOWN_TIMEOUT, asked).await;
 }
 
 #[cfg(test)]

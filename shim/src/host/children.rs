@@ -57,8 +57,23 @@ pub fn reap(pid: u32, pidfd: BorrowedFd<'_>) -> Option<WaitIdStatus> {
             Err(_) => break None,
         }
     };
-    forget(pid);
+    // Collected before: the number may be another child's by now.
+    if status.is_some() {
+        forget(pid);
+    }
     status
+}
+
+/// How a child has ended, in words such as "killed by signal 9"; `None` while
+/// it runs and once it is collected. Leaves it to be collected.
+pub fn end_of(pidfd: BorrowedFd<'_>) -> Option<String> {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    let status = waitid(WaitId::PidFd(pidfd), options).ok().flatten()?;
+    match (status.exit_status(), status.terminating_signal()) {
+        (Some(code), _) => Some(format!("exit status {code}")),
+        (None, Some(signal)) => Some(format!("killed by signal {signal}")),
+        (None, None) => None,
+    }
 }
 
 /// Kills a child and collects it. Idempotent.
@@ -108,9 +123,17 @@ mod tests {
     use std::os::fd::AsFd;
     use std::process::Command;
 
+    /// Held by tests that reap orphans, which may be each other's.
+    static REAPING: Mutex<()> = Mutex::new(());
+
+    fn alone() -> MutexGuard<'static, ()> {
+        REAPING.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     #[test]
     #[expect(clippy::zombie_processes, reason = "reaped by its pidfd")]
     fn reap_orphans_with_an_owned_child_leaves_its_status() {
+        let _alone = alone();
         let child = spawn_command(Command::new("/bin/sh").args(["-c", "exit 7"])).expect("starts");
         let pid = Pid::from_raw(child.id().cast_signed()).expect("a pid");
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).expect("opens");
@@ -121,7 +144,38 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::zombie_processes, reason = "reaped by its pidfd")]
+    fn end_of_a_killed_child_names_the_signal_and_leaves_it_to_be_collected() {
+        let child = spawn_command(Command::new("/bin/sleep").arg("1000")).expect("starts");
+        let pid = Pid::from_raw(child.id().cast_signed()).expect("a pid");
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).expect("opens");
+        assert_eq!(end_of(pidfd.as_fd()), None);
+        pidfd_send_signal(&pidfd, Signal::TERM).expect("signals");
+        poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).expect("waits");
+        assert_eq!(
+            end_of(pidfd.as_fd()).as_deref(),
+            Some("killed by signal 15")
+        );
+        assert!(reap(child.id(), pidfd.as_fd()).is_some());
+        assert_eq!(end_of(pidfd.as_fd()), None);
+    }
+
+    #[test]
+    #[expect(clippy::zombie_processes, reason = "reaped by its pidfd")]
+    fn reap_of_a_collected_child_leaves_the_list_to_the_numbers_next_owner() {
+        let child = spawn_command(&mut Command::new("/bin/true")).expect("starts");
+        let pid = Pid::from_raw(child.id().cast_signed()).expect("a pid");
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).expect("opens");
+        assert!(reap(child.id(), pidfd.as_fd()).is_some());
+        assert!(!owned().contains(&child.id()));
+        owned().insert(child.id());
+        assert!(kill_and_reap(child.id(), pidfd.as_fd()).is_none());
+        assert!(owned().remove(&child.id()), "it is the next child's");
+    }
+
+    #[test]
     fn reap_orphans_with_an_unowned_ended_child_collects_it() {
+        let _alone = alone();
         let mut child = Command::new("/bin/true").spawn().expect("starts");
         let pid = Pid::from_raw(child.id().cast_signed()).expect("a pid");
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).expect("opens");

@@ -16,6 +16,8 @@ use thiserror::Error;
 pub const RUN_ROOT: &str = "/run/bulkhead";
 /// Longest namespace or id: containerd's own bound (`identifiers.Validate`).
 pub const MAX_ID_BYTES: usize = 76;
+/// How often a namespace's directory may vanish under a new pod.
+const ATTEMPTS: u32 = 16;
 
 /// Why the pod's directory cannot be had.
 #[derive(Debug, Error)]
@@ -133,12 +135,17 @@ impl PodPaths {
     /// [`Error::Held`] when a live shim has it.
     pub fn create_and_lock(&self) -> Result<PodLock, Error> {
         let path = self.directory();
+        let mut attempts = 1;
         loop {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&path)
-                .map_err(failed("create directory", &path))?;
+            let made = DirBuilder::new().recursive(true).mode(0o700).create(&path);
+            match made {
+                // The namespace's last pod took its directory along.
+                Err(source) if source.kind() == io::ErrorKind::NotFound && attempts < ATTEMPTS => {
+                    attempts += 1;
+                    continue;
+                }
+                other => other.map_err(failed("create directory", &path))?,
+            }
             let Some(lock) = self.try_lock()? else {
                 return Err(Error::Held { path });
             };
@@ -209,7 +216,7 @@ impl PodPaths {
 
     /// Removes the directory with the files in it, and its namespace's when it
     /// was the last; the directories below it must be unmounted and empty.
-    pub(super) fn remove(&self) -> Result<(), Error> {
+    pub(crate) fn remove(&self) -> Result<(), Error> {
         let path = self.directory();
         let entries = match fs::read_dir(&path) {
             Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -265,6 +272,12 @@ impl PodLock {
     /// The descriptor to hand on; close-on-exec is set.
     pub fn into_descriptor(self) -> OwnedFd {
         self.descriptor
+    }
+
+    /// A second holder of the same lock: it is free when both are gone.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let descriptor = self.descriptor.try_clone()?;
+        Ok(Self { descriptor })
     }
 
     fn is_linked(&self) -> bool {

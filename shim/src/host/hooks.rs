@@ -1,6 +1,7 @@
 //! OCI hooks, run on the host in the runtime namespace (OCI runtime-spec,
 //! config.md, "POSIX-platform Hooks").
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,6 +18,7 @@ use serde::Serialize;
 use thiserror::Error;
 
 use super::children;
+use super::deadline::Deadline;
 
 /// How much of a failed hook's output is told: its end.
 const OUTPUT_BYTES: u64 = 4096;
@@ -59,26 +61,36 @@ pub enum Error {
         /// The end of what it wrote.
         output: String,
     },
+    /// It did not end in the time that whoever ran it had.
+    #[error(
+        "{kind} hook {path} was stopped for want of time: it runs again with the next clean-up"
+    )]
+    OutOfTime {
+        /// As in "poststop".
+        kind: &'static str,
+        /// Its program.
+        path: PathBuf,
+    },
 }
 
 /// The container's state on a hook's stdin (OCI runtime-spec, runtime.md,
 /// "State").
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct State<'a> {
+pub struct State {
     /// Of the spec.
-    pub oci_version: &'a str,
+    pub oci_version: String,
     /// The container's.
-    pub id: &'a str,
+    pub id: String,
     /// As in "creating".
     pub status: Status,
     /// The stand-in's; left out once the container is stopped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
     /// The bundle's absolute path.
-    pub bundle: &'a Path,
+    pub bundle: PathBuf,
     /// The spec's annotations.
-    pub annotations: &'a std::collections::BTreeMap<String, String>,
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// Where a container is in its life.
@@ -92,17 +104,61 @@ pub enum Status {
     Stopped,
 }
 
-/// Runs one hook to its end. Blocks for as long as it runs.
+/// The hooks of one moment in a container's life with all that they are told:
+/// they may take their time, and need nothing of the pod meanwhile.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// As in "createRuntime".
+    pub kind: &'static str,
+    /// In their order.
+    pub hooks: Vec<Hook>,
+    /// For their stdin.
+    pub state: State,
+}
+
+impl Batch {
+    /// Runs them up to the first that fails. Blocks for as long as they run.
+    pub fn run_until_failure(&self) -> Result<(), Error> {
+        let mut hooks = self.hooks.iter();
+        hooks.try_for_each(|hook| run(self.kind, hook, &self.state, Deadline::NONE))
+    }
+
+    /// Runs every one, failing ones too, and returns how they failed (OCI
+    /// runtime-spec, runtime.md, "Lifecycle": log a warning and go on). Blocks
+    /// for as long as they run, until `deadline` at most.
+    ///
+    /// # Errors
+    /// [`Error::OutOfTime`]: the batch is to be run again.
+    pub fn run_all(&self, deadline: Deadline) -> Result<Vec<Error>, Error> {
+        let mut failures = Vec::new();
+        for hook in &self.hooks {
+            match run(self.kind, hook, &self.state, deadline) {
+                Ok(()) => {}
+                Err(error @ Error::OutOfTime { .. }) => return Err(error),
+                Err(error) => failures.push(error),
+            }
+        }
+        Ok(failures)
+    }
+}
+
+/// Runs one hook to its end. Blocks for as long as it runs, until `deadline`
+/// at most.
 ///
 /// Its environment is `env` of the hook, or this process's where it has none;
-/// its working directory is the bundle where that still exists. What it leaves running stays running.
-pub fn run(kind: &'static str, hook: &Hook, state: &State<'_>) -> Result<(), Error> {
+/// its working directory is the bundle where that still exists. What it leaves
+/// running stays running.
+fn run(kind: &'static str, hook: &Hook, state: &State, deadline: Deadline) -> Result<(), Error> {
     let path = hook.path().clone();
     let failed = |source: io::Error| Error::Run {
         kind,
         path: path.clone(),
         source,
     };
+    let left = deadline.left();
+    if left == Some(Duration::ZERO) {
+        return Err(Error::OutOfTime { kind, path });
+    }
     // Files in memory and not pipes: a hook may leave a process behind that
     // holds them open, and may write and read as much and as late as it likes.
     let mut output = memory_file("hook-output").map_err(failed)?;
@@ -110,7 +166,7 @@ pub fn run(kind: &'static str, hook: &Hook, state: &State<'_>) -> Result<(), Err
     serde_json::to_writer(&mut input, state).map_err(|error| failed(error.into()))?;
     input.seek(SeekFrom::Start(0)).map_err(failed)?;
 
-    let mut command = command(hook, state.bundle);
+    let mut command = command(hook, &state.bundle);
     command
         .stdin(input)
         .stdout(output.try_clone().map_err(failed)?)
@@ -120,7 +176,8 @@ pub fn run(kind: &'static str, hook: &Hook, state: &State<'_>) -> Result<(), Err
         .timeout()
         .and_then(|seconds| u64::try_from(seconds).ok())
         .map(Duration::from_secs);
-    match wait(child, timeout).map_err(failed)? {
+    let bound = [timeout, left].into_iter().flatten().min();
+    match wait(child, bound).map_err(failed)? {
         Some(status) if status.success() => Ok(()),
         Some(status) => Err(Error::Failed {
             kind,
@@ -128,11 +185,14 @@ pub fn run(kind: &'static str, hook: &Hook, state: &State<'_>) -> Result<(), Err
             status,
             output: end_of(&mut output),
         }),
-        None => Err(Error::Timeout {
-            kind,
-            path,
-            timeout: timeout.unwrap_or_default(),
-            output: end_of(&mut output),
+        None => Err(match timeout {
+            Some(timeout) if bound == Some(timeout) => Error::Timeout {
+                kind,
+                path,
+                timeout,
+                output: end_of(&mut output),
+            },
+            _ => Error::OutOfTime { kind, path },
         }),
     }
 }
@@ -214,7 +274,6 @@ fn end_of(output: &mut File) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeMap;
     use std::fs;
 
     fn hook(script: &str, timeout: Option<i64>) -> Hook {
@@ -228,17 +287,20 @@ mod tests {
         hook
     }
 
-    fn run_script(script: &str, timeout: Option<i64>, bundle: &Path) -> Result<(), Error> {
-        let annotations = BTreeMap::from([("k".to_owned(), "v".to_owned())]);
-        let state = State {
-            oci_version: "1.2.0",
-            id: "c1",
+    fn state(bundle: &Path) -> State {
+        State {
+            oci_version: "1.2.0".to_owned(),
+            id: "c1".to_owned(),
             status: Status::Creating,
             pid: Some(42),
-            bundle,
-            annotations: &annotations,
-        };
-        run("createRuntime", &hook(script, timeout), &state)
+            bundle: bundle.to_owned(),
+            annotations: BTreeMap::from([("k".to_owned(), "v".to_owned())]),
+        }
+    }
+
+    fn run_script(script: &str, timeout: Option<i64>, bundle: &Path) -> Result<(), Error> {
+        let hook = hook(script, timeout);
+        run("createRuntime", &hook, &state(bundle), Deadline::NONE)
     }
 
     #[test]
@@ -302,16 +364,28 @@ mod tests {
         let bundle = tempfile::tempdir().expect("directory");
         let mut hook = hook("", None);
         hook.set_path(PathBuf::from("/nonexistent/hook"));
-        let annotations = BTreeMap::new();
-        let state = State {
-            oci_version: "1.2.0",
-            id: "c1",
-            status: Status::Stopped,
-            pid: None,
-            bundle: bundle.path(),
-            annotations: &annotations,
-        };
-        let error = run("poststop", &hook, &state).expect_err("is not there");
+        let error = run("poststop", &hook, &state(bundle.path()), Deadline::NONE)
+            .expect_err("is not there");
         assert!(error.to_string().contains("/nonexistent/hook"), "{error}");
+    }
+
+    #[test]
+    fn run_all_goes_on_after_a_failure_and_stops_at_the_deadline() {
+        let bundle = tempfile::tempdir().expect("directory");
+        let batch = |scripts: &[&str]| Batch {
+            kind: "poststop",
+            hooks: scripts.iter().map(|script| hook(script, None)).collect(),
+            state: state(bundle.path()),
+        };
+        let failures = batch(&["exit 1", "touch ran"]).run_all(Deadline::NONE);
+        assert_eq!(failures.expect("runs all").len(), 1);
+        assert!(bundle.path().join("ran").exists());
+
+        let late = batch(&["sleep 1000", "touch late"]);
+        let error = late.run_all(Deadline::after(Duration::from_millis(50)));
+        assert!(matches!(error, Err(Error::OutOfTime { .. })), "{error:?}");
+        let error = late.run_all(Deadline::after(Duration::ZERO));
+        assert!(matches!(error, Err(Error::OutOfTime { .. })), "{error:?}");
+        assert!(!bundle.path().join("late").exists());
     }
 }

@@ -11,6 +11,7 @@
 pub mod cgroup;
 pub mod children;
 pub mod cleanup;
+pub mod deadline;
 pub mod directory;
 pub mod hooks;
 pub mod install;

@@ -5,6 +5,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use rustix::io::{Errno, Result};
 
+use super::mounts::Access;
+
 /// What every tree of the host loses before the guest's file server sees it:
 /// device nodes, set-uid bits and programs have no meaning on the host's side.
 const HARMLESS: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
@@ -18,16 +20,21 @@ struct MountAttr {
     userns_fd: u64,
 }
 
-/// Makes a detached tree nodev, nosuid and noexec, `read_only` on request, and
-/// private, all the way down.
-pub(super) fn disarm(tree: BorrowedFd<'_>, read_only: bool) -> Result<()> {
+/// Makes a detached tree nodev, nosuid and noexec all the way down, private,
+/// and as writable as `access` says.
+pub(super) fn disarm(tree: BorrowedFd<'_>, access: Access) -> Result<()> {
+    let (throughout, top) = match access {
+        Access::Writable => (0, 0),
+        Access::ReadOnly => (0, libc::MOUNT_ATTR_RDONLY),
+        Access::ReadOnlyThroughout => (libc::MOUNT_ATTR_RDONLY, 0),
+    };
+    set(tree, HARMLESS | throughout, libc::AT_RECURSIVE)?;
+    if top == 0 { Ok(()) } else { set(tree, top, 0) }
+}
+
+fn set(tree: BorrowedFd<'_>, attr_set: u64, flags: i32) -> Result<()> {
     let attributes = MountAttr {
-        attr_set: HARMLESS
-            | if read_only {
-                libc::MOUNT_ATTR_RDONLY
-            } else {
-                0
-            },
+        attr_set,
         attr_clr: 0,
         propagation: libc::MS_PRIVATE,
         userns_fd: 0,
@@ -39,7 +46,7 @@ pub(super) fn disarm(tree: BorrowedFd<'_>, read_only: bool) -> Result<()> {
             libc::SYS_mount_setattr,
             tree.as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            libc::AT_EMPTY_PATH | flags,
             &raw const attributes,
             size_of::<MountAttr>(),
         )

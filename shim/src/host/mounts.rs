@@ -31,6 +31,17 @@ pub struct Mount {
     pub options: Vec<String>,
 }
 
+/// What may be written to of a tree that is bound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Access {
+    /// All of it, as on the host.
+    Writable,
+    /// What is mounted below it, as on the host (`ro`).
+    ReadOnly,
+    /// None of it (`rro`).
+    ReadOnlyThroughout,
+}
+
 /// Where a root file system comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RootFs {
@@ -108,7 +119,7 @@ const HARMLESS: MountFlags = MountFlags::NOSUID
 /// nothing stays mounted.
 pub(super) fn mount_rootfs(rootfs: &RootFs, target: &Path) -> Result<(), Error> {
     let result = match rootfs {
-        RootFs::Premounted(directory) => bind(directory, target, true, false),
+        RootFs::Premounted(directory) => bind(directory, target, true, Access::Writable),
         RootFs::Mounts(mounts) => mounts.iter().try_for_each(|mount| mount_one(mount, target)),
     };
     result.inspect_err(|_| {
@@ -126,14 +137,18 @@ fn mount_one(mount: &Mount, target: &Path) -> Result<(), Error> {
     match mount.kind.as_str() {
         "bind" | "rbind" => {
             let recursive = mount.kind == "rbind" || options.recursive;
-            let read_only = options.flags.contains(MountFlags::RDONLY);
+            let access = if options.flags.contains(MountFlags::RDONLY) {
+                Access::ReadOnlyThroughout
+            } else {
+                Access::Writable
+            };
             if let Some(option) = options.data.first() {
                 return Err(Error::Option {
                     option: (*option).to_owned(),
                     advice: "a bind mount takes none of its own",
                 });
             }
-            bind(Path::new(&mount.source), target, recursive, read_only)
+            bind(Path::new(&mount.source), target, recursive, access)
         }
         "overlay" => mount_overlay(&options, target),
         "ext4" | "xfs" | "btrfs" => mount_device(mount, &options, target),
@@ -207,7 +222,7 @@ pub(super) fn bind(
     source: &Path,
     target: &Path,
     recursive: bool,
-    read_only: bool,
+    access: Access,
 ) -> Result<(), Error> {
     let failed = |operation| {
         move |source_error: Errno| Error::Io {
@@ -230,7 +245,7 @@ pub(super) fn bind(
         }
         other => other.map_err(failed("open"))?,
     };
-    attach_copy(&directory, target, recursive, read_only).map_err(failed("bind"))
+    attach_copy(&directory, target, recursive, access).map_err(failed("bind"))
 }
 
 /// Attaches a copy of what `opened` refers to, directory or file, at `target`.
@@ -238,7 +253,7 @@ pub(super) fn attach_copy(
     opened: &std::os::fd::OwnedFd,
     target: &Path,
     recursive: bool,
-    read_only: bool,
+    access: Access,
 ) -> rustix::io::Result<()> {
     use std::os::fd::AsFd;
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
@@ -248,7 +263,7 @@ pub(super) fn attach_copy(
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
     let tree = open_tree(opened, "", flags)?;
-    mount_attributes::disarm(tree.as_fd(), read_only)?;
+    mount_attributes::disarm(tree.as_fd(), access)?;
     move_mount(
         &tree,
         "",

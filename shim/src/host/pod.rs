@@ -9,10 +9,11 @@ use oci_spec::runtime::Hook;
 use thiserror::Error;
 
 use super::cgroup::{self, CgroupPath, PodCgroup};
+use super::deadline::Deadline;
 use super::directory::{self, PodLock, PodPaths};
-use super::hooks::{self, State, Status};
+use super::hooks::{self, Batch, State, Status};
 use super::install::{self, Installation, Opened};
-use super::mounts::{self, RootFs};
+use super::mounts::{self, Access, RootFs};
 use super::netns::{self, Network};
 use super::record::{self, Container, Process, Record};
 use super::share::{self, Share};
@@ -168,7 +169,7 @@ impl HostPod {
         record.shim = Some(Process::of(std::process::id()));
         let made = Self::make_parts(hierarchy, &paths, &mut record, cgroup);
         let parts = made.inspect_err(|_| {
-            if let Err(error) = cleanup::undo_pod(&paths, &mut record) {
+            if let Err(error) = cleanup::undo_pod(&paths, &mut record, Deadline::NONE) {
                 tracing::warn!("a pod that could not be made is not removed either: {error}");
             }
         })?;
@@ -310,11 +311,11 @@ impl HostPod {
         }
     }
 
-    /// Brings a file or directory of the host into the share, once per pod,
-    /// and returns its path relative to the share (`volumes/N`). Volumes live
-    /// as long as the pod.
-    pub fn add_volume(&mut self, source: &Path) -> Result<PathBuf, Error> {
-        Ok(self.share.add_volume(source)?)
+    /// Brings a file or directory of the host into the share, once per pod and
+    /// access, and returns its path relative to the share (`volumes/N`).
+    /// Volumes live as long as the pod.
+    pub fn add_volume(&mut self, source: &Path, access: Access) -> Result<PathBuf, Error> {
+        Ok(self.share.add_volume(source, access)?)
     }
 
     /// Starts the host process whose pid the clients see: for a container's
@@ -353,50 +354,47 @@ impl HostPod {
         known.map_or(Ok(()), |_| self.save())
     }
 
-    /// Runs `prestart` and `createRuntime` with the stand-in's pid. The first
-    /// that fails fails Create.
-    pub fn run_create_runtime_hooks(&mut self, container_id: &str) -> Result<(), Error> {
+    /// `prestart` and `createRuntime` with the stand-in's pid, to be run now:
+    /// from here on `poststop` is due. The first that fails fails Create.
+    pub fn create_runtime_hooks(&mut self, container_id: &str) -> Result<Batch, Error> {
         self.container(container_id)?.poststop_due = true;
         self.save()?;
-        let hooks = self
-            .hooks
-            .get(container_id)
-            .map(|hooks| &hooks.create_runtime[..]);
-        self.run_hooks(container_id, "createRuntime", hooks, Status::Creating)
-            .try_for_each(|result| result.map_err(Error::from))
+        let hooks = self.hooks.get(container_id);
+        let hooks = hooks.map_or(&[][..], |hooks| &hooks.create_runtime);
+        self.batch(container_id, "createRuntime", hooks, Status::Creating)
     }
 
-    /// Runs `poststart`; failures are for the log only (OCI runtime-spec,
-    /// runtime.md, "Lifecycle").
-    pub fn run_poststart_hooks(&mut self, container_id: &str) -> Vec<hooks::Error> {
-        let hooks = self
-            .hooks
-            .get(container_id)
-            .map(|hooks| &hooks.poststart[..]);
-        self.run_hooks(container_id, "poststart", hooks, Status::Running)
-            .filter_map(Result::err)
-            .collect()
+    /// `poststart`, to be run now; failures are for the log only (OCI
+    /// runtime-spec, runtime.md, "Lifecycle").
+    pub fn poststart_hooks(&self, container_id: &str) -> Result<Batch, Error> {
+        let hooks = self.hooks.get(container_id);
+        let hooks = hooks.map_or(&[][..], |hooks| &hooks.poststart);
+        self.batch(container_id, "poststart", hooks, Status::Running)
     }
 
-    fn run_hooks<'a>(
-        &'a self,
-        container_id: &'a str,
+    fn batch(
+        &self,
+        container_id: &str,
         kind: &'static str,
-        hooks: Option<&'a [Hook]>,
+        hooks: &[Hook],
         status: Status,
-    ) -> impl Iterator<Item = Result<(), hooks::Error>> + 'a {
+    ) -> Result<Batch, Error> {
+        let unknown = || OrderError::UnknownContainer {
+            id: container_id.to_owned(),
+        };
         let container = self.record.containers.get(container_id);
-        let known = container.zip(hooks);
-        known.into_iter().flat_map(move |(container, hooks)| {
-            let state = State {
-                oci_version: &container.oci_version,
-                id: container_id,
+        let container = container.ok_or_else(unknown)?;
+        Ok(Batch {
+            kind,
+            hooks: hooks.to_vec(),
+            state: State {
+                oci_version: container.oci_version.clone(),
+                id: container_id.to_owned(),
                 status,
                 pid: container.stand_ins.get("").map(|process| process.pid),
-                bundle: &container.bundle,
-                annotations: &container.annotations,
-            };
-            hooks.iter().map(move |hook| hooks::run(kind, hook, &state))
+                bundle: container.bundle.clone(),
+                annotations: container.annotations.clone(),
+            },
         })
     }
 
@@ -407,12 +405,24 @@ impl HostPod {
     }
 
     /// Undoes [`HostPod::add_container`] after the guest has let go of it: ends
-    /// its stand-ins, unmounts, runs `poststop`, forgets it. Idempotent; hook
-    /// failures are returned for the log and stop nothing (OCI runtime-spec,
-    /// runtime.md, "Lifecycle").
-    pub fn remove_container(&mut self, container_id: &str) -> Result<Vec<hooks::Error>, Error> {
+    /// its stand-ins and unmounts. Returns the `poststop` hooks, to be run
+    /// before [`HostPod::forget_container`]; `None` when it is not there.
+    pub fn dismantle_container(&mut self, container_id: &str) -> Result<Option<Batch>, Error> {
         self.hooks.remove(container_id);
-        cleanup::undo_container(&self.paths, &mut self.record, container_id)
+        cleanup::dismantle_container(&self.paths, &self.record, container_id, Deadline::NONE)
+    }
+
+    /// Strikes a container off the record, its `poststop` hooks having run.
+    /// Idempotent.
+    pub fn forget_container(&mut self, container_id: &str) -> Result<(), Error> {
+        cleanup::forget_container(&self.paths, &mut self.record, container_id)
+    }
+
+    /// Lets go of the pod as it is: what is left of it, and on record, is for
+    /// [`cleanup::cleanup`]. This process returns to its former cgroup.
+    pub fn leave(self) -> Result<(), Error> {
+        // Or it would be killed with the pod's other processes.
+        Ok(self.cgroup.release_self(&self.former_cgroup)?)
     }
 
     /// Ends what still runs and removes everything of the pod from the host,
@@ -422,6 +432,6 @@ impl HostPod {
     /// What an error leaves is for [`cleanup::cleanup`] to remove.
     pub fn destroy(mut self) -> Result<Vec<hooks::Error>, Error> {
         self.cgroup.release_self(&self.former_cgroup)?;
-        cleanup::undo_pod(&self.paths, &mut self.record)
+        cleanup::undo_pod(&self.paths, &mut self.record, Deadline::NONE)
     }
 }

@@ -20,7 +20,7 @@ use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use thiserror::Error;
 
 use super::directory;
-use super::mounts::{self, RootFs};
+use super::mounts::{self, Access, RootFs};
 
 /// Why something cannot be brought into the share or out of it.
 #[derive(Debug, Error)]
@@ -86,9 +86,9 @@ fn failed<E: Into<io::Error>>(operation: &'static str, path: &Path) -> impl FnOn
     }
 }
 
-/// Identifies a volume source: two binds of one directory may differ in their
-/// flags and submounts, so the path counts too.
-type VolumeKey = (u64, u64, PathBuf);
+/// Identifies a volume: two binds of one directory may differ in their flags and
+/// submounts, so the path counts too.
+type VolumeKey = (u64, u64, PathBuf, Access);
 
 /// A pod's share. Dropping it unmounts nothing: see [`remove`].
 #[derive(Debug)]
@@ -170,8 +170,11 @@ impl Share {
 
     /// Brings a file or directory of the host into the share, with what is
     /// mounted below it now, and returns its path relative to the share. The
-    /// same source gives the same path again.
-    pub fn add_volume(&mut self, source: &Path) -> Result<PathBuf, Error> {
+    /// same source with the same access gives the same path again.
+    ///
+    /// Access is denied here and not in the guest only: a guest that was taken
+    /// over would ask the file server directly.
+    pub fn add_volume(&mut self, source: &Path, access: Access) -> Result<PathBuf, Error> {
         let failed_open = |error: io::Error| Error::OpenVolume {
             path: source.to_owned(),
             source: error,
@@ -190,7 +193,7 @@ impl Share {
                 });
             }
         };
-        let key = (stat.st_dev, stat.st_ino, canonical);
+        let key = (stat.st_dev, stat.st_ino, canonical, access);
         if let Some(relative) = self.volumes.get(&key) {
             return Ok(relative.clone());
         }
@@ -201,7 +204,7 @@ impl Share {
         } else {
             fs::write(&target, "").map_err(failed("make file", &target))?;
         }
-        if let Err(error) = mounts::attach_copy(&opened, &target, true, false) {
+        if let Err(error) = mounts::attach_copy(&opened, &target, true, access) {
             let _ = if is_directory {
                 fs::remove_dir(&target)
             } else {
@@ -323,23 +326,57 @@ mod tests {
         std::os::unix::fs::symlink("d", base.path().join("link")).expect("links");
         let _socket = UnixListener::bind(base.path().join("s")).expect("binds");
         let mut share = Share::create(&base.path().join("share")).expect("creates");
-        let first = share.add_volume(&directory).expect("adds");
+        let first = share
+            .add_volume(&directory, Access::Writable)
+            .expect("adds");
         assert_eq!(
-            share.add_volume(&base.path().join("link")).expect("adds"),
+            share
+                .add_volume(&base.path().join("link"), Access::Writable)
+                .expect("adds"),
             first
         );
-        let second = share.add_volume(&file).expect("adds");
+        let second = share.add_volume(&file, Access::Writable).expect("adds");
         assert_ne!(second, first);
         assert_eq!(
             fs::read(share.path().join(second)).expect("reads"),
             b"content"
         );
         let refused = |share: &mut Share, path: &Path| {
-            share.add_volume(path).expect_err("is refused").to_string()
+            share
+                .add_volume(path, Access::Writable)
+                .expect_err("is refused")
+                .to_string()
         };
         assert!(refused(&mut share, &base.path().join("s")).contains("Unix socket"));
         assert!(refused(&mut share, Path::new("/dev/null")).contains("character device"));
         assert!(refused(&mut share, &base.path().join("gone")).contains("gone"));
+    }
+
+    #[test]
+    fn add_volume_read_only_is_read_only_on_the_host_beside_a_writable_one() {
+        let Some(base) = private_mounts() else { return };
+        let source = make(base.path(), "source");
+        let below = make(base.path(), "source/below");
+        let flags = MountFlags::empty();
+        mount("below", &below, "tmpfs", flags, None).expect("mounts");
+        let mut share = Share::create(&base.path().join("share")).expect("creates");
+        let mut add = |access| {
+            let relative = share.add_volume(&source, access).expect("adds");
+            share.path().join(relative)
+        };
+        let writable = add(Access::Writable);
+        let read_only = add(Access::ReadOnly);
+        let throughout = add(Access::ReadOnlyThroughout);
+        assert_eq!(add(Access::ReadOnly), read_only);
+
+        let write = |path: &Path| fs::write(path.join("file"), "x").map_err(|e| e.kind());
+        let refused = Err(io::ErrorKind::ReadOnlyFilesystem);
+        assert_eq!(write(&read_only), refused);
+        assert_eq!(write(&read_only.join("below")), Ok(()));
+        assert_eq!(write(&throughout), refused);
+        assert_eq!(write(&throughout.join("below")), refused);
+        assert_eq!(write(&writable), Ok(()));
+        assert_eq!(write(&source), Ok(()), "the source itself is as it was");
     }
 
     #[test]
@@ -351,7 +388,7 @@ mod tests {
         share
             .add_container("c1", &RootFs::Premounted(source.clone()))
             .expect("adds");
-        share.add_volume(&source).expect("adds");
+        share.add_volume(&source, Access::Writable).expect("adds");
         let _busy = fs::File::open(share.rootfs("c1")).expect("opens");
         remove(&path).expect("removes");
         remove(&path).expect("removes what is not there");

@@ -24,6 +24,7 @@ use ttrpc::r#async::Client;
 use ttrpc::r#async::transport::Socket;
 use ttrpc::context::{self, Context};
 
+use super::printable::printable;
 use super::vsock::{self, Vsock};
 use crate::events::now_ns;
 use crate::task::Exit;
@@ -92,10 +93,11 @@ impl Error {
     }
 }
 
+/// The agent's words are the guest's, which may have been taken over.
 fn message(error: &ttrpc::Error) -> String {
     match error {
-        ttrpc::Error::RpcStatus(status) => status.message.clone(),
-        error => error.to_string(),
+        ttrpc::Error::RpcStatus(status) => printable(&status.message),
+        error => printable(&error.to_string()),
     }
 }
 
@@ -297,5 +299,24 @@ impl Agent {
             STREAM_ACCEPTED => Ok(stream),
             _ => Err(Error::StreamRefused { kind }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::printable::MAX_BYTES;
+    use super::*;
+
+    #[test]
+    fn call_error_of_a_hostile_guest_is_bounded_and_printable() {
+        let words = format!("\x1b]0;owned\x07{}", "x".repeat(3 * MAX_BYTES));
+        let status = ttrpc::get_status(ttrpc::Code::INTERNAL, words);
+        let error = Error::Call {
+            operation: "greet",
+            answer: Box::new(ttrpc::Error::RpcStatus(status)),
+        };
+        let shown = error.to_string();
+        assert!(shown.starts_with("greet: ?]0;owned?xxx"), "{shown}");
+        assert!(shown.len() <= "greet: ".len() + MAX_BYTES);
     }
 }

@@ -1,6 +1,7 @@
 //! One container of a pod, which is one task of containerd's.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -11,10 +12,11 @@ use tokio::sync::{OnceCell, watch};
 use tracing::{info, warn};
 
 use super::host_side::HostSide;
-use super::{Error, Pod, chain, log_hooks};
+use super::{EXPLAIN_TIMEOUT, Error, Pod, blocking, chain, log_hooks};
 use crate::events::{Event, Events, now_ns, timestamp};
 use crate::host;
-use crate::host::mounts::{Mount, RootFs};
+use crate::host::deadline::Deadline;
+use crate::host::mounts::{Access, Mount, RootFs};
 use crate::host::pod::{ContainerRequest, ExitRecord};
 use crate::spec::{GuestSpec, HostView, Membership, Volumes};
 use crate::stdio::{Opened, Plan, Streams};
@@ -75,9 +77,17 @@ pub struct Container {
     id: String,
     pid: u32,
     behind: Behind,
+    /// Whether the pod is there for it alone.
+    is_alone: bool,
     life: Mutex<Lifecycle>,
     exit: watch::Sender<Option<Exit>>,
     streams: OnceCell<Streams>,
+    /// Held while `poststart` or `poststop` run, in this order.
+    hooks: tokio::sync::Mutex<()>,
+    /// Held while its end is written down: the first that is told counts.
+    ending: tokio::sync::Mutex<()>,
+    /// How often the guest has failed to delete it.
+    failed_deletions: AtomicU32,
 }
 
 impl Container {
@@ -96,6 +106,7 @@ impl Container {
                 own_pid_namespace: host_view.own_pid_namespace,
             },
         };
+        let is_alone = host_view.membership == Membership::Alone;
         let id = request.id.clone();
         let plan = request.plan.clone();
         let created = async {
@@ -105,9 +116,13 @@ impl Container {
                 id: id.clone(),
                 pid,
                 behind,
+                is_alone,
                 life: Mutex::new(Lifecycle::new()),
                 exit: watch::Sender::new(None),
                 streams: OnceCell::new(),
+                hooks: tokio::sync::Mutex::default(),
+                ending: tokio::sync::Mutex::default(),
+                failed_deletions: AtomicU32::new(0),
             };
             let agent = pod.agent().await?;
             if behind != Behind::Pause {
@@ -153,14 +168,23 @@ impl Container {
                 }
             };
             let pid = host.start_stand_in(&id)?;
-            host.run_create_runtime_hooks(&id)?;
-            Ok((pid, spec_json))
+            let hooks = host.create_runtime_hooks(&id)?;
+            Ok((pid, spec_json, hooks))
         };
-        pod.on_host(work).await?.unwrap_or_else(|| {
+        let (pid, spec_json, hooks) = pod.on_host(work).await?.unwrap_or_else(|| {
             Err(Error::Ended {
                 reason: "it was taken down".to_owned(),
             })
-        })
+        })?;
+        blocking(move || Ok(hooks.run_until_failure()))
+            .await?
+            .map_err(host::pod::Error::from)?;
+        Ok((pid, spec_json))
+    }
+
+    /// Takes back all of it, unstarted and unseen: nobody wants it any more.
+    pub async fn discard(&self, pod: &Pod) {
+        Self::undo(pod, &self.id).await;
     }
 
     /// Takes back what [`Container::create`] has done before it failed.
@@ -170,20 +194,28 @@ impl Container {
         {
             warn!(id, "a container that failed stays in the guest: {error}");
         }
-        let id = id.to_owned();
-        let undone = pod.on_host(move |host| host.remove_container(&id)).await;
-        match undone {
-            Ok(Some(Ok(failures))) => log_hooks(failures),
-            Ok(None) => {}
-            Ok(Some(Err(error))) => warn!(
+        if let Err(error) = Self::remove_from_host(pod, id).await {
+            warn!(
+                id,
                 "a container that failed stays on the host: {}",
                 chain(&error)
-            ),
-            Err(error) => warn!(
-                "a container that failed stays on the host: {}",
-                chain(&error)
-            ),
+            );
         }
+    }
+
+    /// The host's part, when the guest has let go of it. Its hooks hold up
+    /// nobody else in the pod.
+    async fn remove_from_host(pod: &Pod, id: &str) -> Result<(), Error> {
+        let own_id = id.to_owned();
+        let dismantled = pod.on_host(move |host| host.dismantle_container(&own_id));
+        let Some(poststop) = dismantled.await?.transpose()?.flatten() else {
+            return Ok(());
+        };
+        let run = blocking(move || Ok(poststop.run_all(Deadline::NONE))).await?;
+        log_hooks(run.map_err(host::pod::Error::from)?);
+        let own_id = id.to_owned();
+        let forgotten = pod.on_host(move |host| host.forget_container(&own_id));
+        Ok(forgotten.await?.transpose().map(drop)?)
     }
 
     /// Its id.
@@ -272,14 +304,25 @@ impl Container {
                 warn!(id = self.id, "{error}");
                 self.end(pod, events, lost_exit(Some(chain(&error)))).await;
             }
-            Err(error) => pod
-                .machine()
-                .stop(format!("the guest's agent is gone: {}", chain(&error))),
+            Err(error) => {
+                // A VM that ends takes its connections with it, and tells why
+                // only then.
+                let ended = tokio::time::timeout(EXPLAIN_TIMEOUT, pod.machine().ended());
+                if ended.await.is_err() {
+                    pod.machine()
+                        .stop(format!("the guest's agent is gone: {}", chain(&error)));
+                }
+            }
         }
     }
 
-    /// Its program has ended, or its pod with it.
+    /// Its program has ended, or its pod with it. Only the first call counts.
     pub async fn end(&self, pod: &Pod, events: &Events, exit: Exit) {
+        let _one_at_a_time = self.ending.lock().await;
+        // Or the end of the pod would overwrite on record how it ended.
+        if self.life().has_ended() {
+            return;
+        }
         let record = ExitRecord {
             status: exit.status,
             exited_at_ns: exit.at_ns,
@@ -306,6 +349,7 @@ impl Container {
     /// Lets the program run.
     pub async fn start(&self, pod: &Pod, events: &Events) -> Result<(), CallError> {
         self.life().begin_start()?;
+        let _hooks = self.hooks.lock().await;
         let started = match self.behind {
             Behind::Pause => Ok(()),
             Behind::Guest { .. } => match pod.agent().await {
@@ -321,12 +365,15 @@ impl Container {
         if let Some(Err(error)) = self.streams.get().map(Streams::start_input) {
             warn!(id = self.id, "{}", chain(&error));
         }
+        self.run_poststart(pod).await.map_err(CallError::from)
+    }
+
+    async fn run_poststart(&self, pod: &Pod) -> Result<(), Error> {
         let id = self.id.clone();
-        if let Some(failures) = pod
-            .on_host(move |host| host.run_poststart_hooks(&id))
-            .await?
-        {
-            log_hooks(failures);
+        let hooks = pod.on_host(move |host| host.poststart_hooks(&id)).await?;
+        if let Some(hooks) = hooks.transpose()? {
+            let run = blocking(move || Ok(hooks.run_all(Deadline::NONE))).await?;
+            log_hooks(run.map_err(host::pod::Error::from)?);
         }
         Ok(())
     }
@@ -382,7 +429,7 @@ impl Container {
             match pod.explain(agent.delete(&self.id).await).await {
                 // Without a VM there is nothing left to delete in it.
                 Ok(()) | Err(Error::Ended { .. }) => {}
-                Err(error) => return Err(error),
+                Err(error) => self.overrule(pod, error).await?,
             }
         }
         let told = tokio::time::timeout(self.exit_timeout(), self.wait()).await;
@@ -401,11 +448,35 @@ impl Container {
         if let Some(streams) = self.streams.get() {
             streams.drain(DRAIN_TIMEOUT).await;
         }
-        let id = self.id.clone();
-        if let Some(removed) = pod.on_host(move |host| host.remove_container(&id)).await? {
-            log_hooks(removed?);
-        }
+        // Not before `poststart` has run.
+        let _hooks = self.hooks.lock().await;
+        Self::remove_from_host(pod, &self.id).await?;
         Ok(exit)
+    }
+
+    /// Goes on without a guest that cannot delete this container, once it has
+    /// failed twice: the host must not keep it for ever.
+    ///
+    /// # Errors
+    /// `error`, the guest's, when that is not to be done.
+    async fn overrule(&self, pod: &Pod, error: Error) -> Result<(), Error> {
+        if self.failed_deletions.fetch_add(1, Ordering::Relaxed) == 0 {
+            return Err(error);
+        }
+        let reason = format!("it cannot delete container {}: {}", self.id, chain(&error));
+        if self.is_alone {
+            pod.stop(&reason).await;
+            return Ok(());
+        }
+        // Its siblings need the VM. Its files can be taken from it all the same
+        // when none of its processes is left.
+        if let Some(agent) = pod.agent_now() {
+            let _ = agent.signal(&self.id, SIGKILL, true).await;
+        }
+        let ended = tokio::time::timeout(EXIT_TIMEOUT, self.wait()).await;
+        ended.map_err(|_| error)?;
+        warn!("removing a container that stays in the guest: {reason}");
+        Ok(())
     }
 
     /// Who reports the end of this container, if anybody does.
@@ -441,7 +512,7 @@ struct PodVolumes<'a>(&'a mut dyn HostSide);
 impl Volumes for PodVolumes<'_> {
     type Error = host::pod::Error;
 
-    fn add(&mut self, source: &std::path::Path) -> Result<PathBuf, Self::Error> {
-        self.0.add_volume(source)
+    fn add(&mut self, source: &std::path::Path, access: Access) -> Result<PathBuf, Self::Error> {
+        self.0.add_volume(source, access)
     }
 }

@@ -11,8 +11,9 @@ use super::supervise::supervise;
 use crate::bootstrap::socket_path;
 use crate::host::cgroup::CgroupPath;
 use crate::host::directory::{PodLock, PodPaths};
-use crate::host::hooks;
+use crate::host::hooks::{self, Batch};
 use crate::host::install::Installation;
+use crate::host::mounts::Access;
 use crate::host::netns::Network;
 use crate::host::pod::{ContainerRequest, Error, ExitRecord, HostPod};
 use crate::host::stand_in::StandIn;
@@ -32,19 +33,23 @@ pub trait HostSide: Send + 'static {
     /// [`HostPod::add_container`].
     fn add_container(&mut self, request: ContainerRequest) -> Result<PathBuf, Error>;
     /// [`HostPod::add_volume`].
-    fn add_volume(&mut self, source: &Path) -> Result<PathBuf, Error>;
+    fn add_volume(&mut self, source: &Path, access: Access) -> Result<PathBuf, Error>;
     /// [`HostPod::start_stand_in`] for a container's init; returns its pid.
     fn start_stand_in(&mut self, container_id: &str) -> Result<u32, Error>;
     /// [`HostPod::end_stand_in`] for a container's init.
     fn end_stand_in(&mut self, container_id: &str) -> Result<(), Error>;
-    /// [`HostPod::run_create_runtime_hooks`].
-    fn run_create_runtime_hooks(&mut self, container_id: &str) -> Result<(), Error>;
-    /// [`HostPod::run_poststart_hooks`].
-    fn run_poststart_hooks(&mut self, container_id: &str) -> Vec<hooks::Error>;
+    /// [`HostPod::create_runtime_hooks`].
+    fn create_runtime_hooks(&mut self, container_id: &str) -> Result<Batch, Error>;
+    /// [`HostPod::poststart_hooks`].
+    fn poststart_hooks(&mut self, container_id: &str) -> Result<Batch, Error>;
     /// [`HostPod::record_exit`].
     fn record_exit(&mut self, container_id: &str, exit: ExitRecord) -> Result<(), Error>;
-    /// [`HostPod::remove_container`].
-    fn remove_container(&mut self, container_id: &str) -> Result<Vec<hooks::Error>, Error>;
+    /// [`HostPod::dismantle_container`].
+    fn dismantle_container(&mut self, container_id: &str) -> Result<Option<Batch>, Error>;
+    /// [`HostPod::forget_container`].
+    fn forget_container(&mut self, container_id: &str) -> Result<(), Error>;
+    /// [`HostPod::leave`], the stand-ins having ended.
+    fn leave(self: Box<Self>) -> Result<(), Error>;
     /// [`HostPod::destroy`].
     fn destroy(self: Box<Self>) -> Result<Vec<hooks::Error>, Error>;
 }
@@ -106,8 +111,8 @@ impl HostSide for Real {
         self.pod.add_container(request)
     }
 
-    fn add_volume(&mut self, source: &Path) -> Result<PathBuf, Error> {
-        self.pod.add_volume(source)
+    fn add_volume(&mut self, source: &Path, access: Access) -> Result<PathBuf, Error> {
+        self.pod.add_volume(source, access)
     }
 
     fn start_stand_in(&mut self, container_id: &str) -> Result<u32, Error> {
@@ -124,28 +129,44 @@ impl HostSide for Real {
         }
     }
 
-    fn run_create_runtime_hooks(&mut self, container_id: &str) -> Result<(), Error> {
-        self.pod.run_create_runtime_hooks(container_id)
+    fn create_runtime_hooks(&mut self, container_id: &str) -> Result<Batch, Error> {
+        self.pod.create_runtime_hooks(container_id)
     }
 
-    fn run_poststart_hooks(&mut self, container_id: &str) -> Vec<hooks::Error> {
-        self.pod.run_poststart_hooks(container_id)
+    fn poststart_hooks(&mut self, container_id: &str) -> Result<Batch, Error> {
+        self.pod.poststart_hooks(container_id)
     }
 
     fn record_exit(&mut self, container_id: &str, exit: ExitRecord) -> Result<(), Error> {
         self.pod.record_exit(container_id, exit)
     }
 
-    fn remove_container(&mut self, container_id: &str) -> Result<Vec<hooks::Error>, Error> {
-        let removed = self.pod.remove_container(container_id)?;
+    fn dismantle_container(&mut self, container_id: &str) -> Result<Option<Batch>, Error> {
+        let poststop = self.pod.dismantle_container(container_id)?;
         self.stand_ins.retain(|(id, _)| id != container_id);
-        Ok(removed)
+        Ok(poststop)
+    }
+
+    fn forget_container(&mut self, container_id: &str) -> Result<(), Error> {
+        self.pod.forget_container(container_id)
+    }
+
+    fn leave(self: Box<Self>) -> Result<(), Error> {
+        let Self { pod, stand_ins, .. } = *self;
+        remove_socket(&pod);
+        drop(stand_ins);
+        pod.leave()
     }
 
     fn destroy(self: Box<Self>) -> Result<Vec<hooks::Error>, Error> {
-        // While the pod is still ours: once its lock is gone, the name may be
-        // that of a new pod's socket. Gone already is as well.
-        let _ = std::fs::remove_file(socket_path(self.pod.paths()));
+        remove_socket(&self.pod);
         self.pod.destroy()
     }
+}
+
+/// While the pod is still ours: once its lock is gone, the name may be that of a
+/// new pod's socket.
+fn remove_socket(pod: &HostPod) {
+    // Gone already is as well.
+    let _ = std::fs::remove_file(socket_path(pod.paths()));
 }

@@ -5,6 +5,7 @@ mod clock;
 pub mod container;
 pub mod host_side;
 pub mod machine;
+mod printable;
 mod supervise;
 pub mod vsock;
 
@@ -182,6 +183,11 @@ impl Pod {
             Ok(agent)
         };
         let agent = self.explain(prepared.await).await?;
+        // Its first container sees the right time already. Not worth a pod: it
+        // was set once with the greeting.
+        if let Err(error) = clock::correct(&agent).await {
+            warn!("the guest's clock cannot be set yet: {error}");
+        }
         tokio::spawn(clock::keep(agent.clone()));
         Ok(agent)
     }
@@ -233,6 +239,19 @@ impl Pod {
         info!(pod = self.identity.id, "the pod has ended");
     }
 
+    /// Lets go of a pod whose VM has ended, and leaves what it has on the host to
+    /// `delete`, which finds on record how each container has ended.
+    pub async fn leave(&self) {
+        let host = Arc::clone(&self.host);
+        let left = blocking(move || {
+            let host = host.lock().unwrap_or_else(PoisonError::into_inner).take();
+            Ok(host.map_or(Ok(()), HostSide::leave)?)
+        });
+        if let Err(error) = left.await {
+            warn!("the pod was not left: {}", chain(&error));
+        }
+    }
+
     async fn power_off(&self) {
         if let Some(agent) = self.agent_now() {
             let asked = tokio::time::timeout(POWER_OFF_TIMEOUT, async {
@@ -250,6 +269,18 @@ impl Pod {
             }
         }
         self.machine.stop("the pod ended");
+        self.await_end().await;
+    }
+
+    /// Ends the VM at once, for a reason that is worth a warning. What the pod
+    /// has on the host stays until [`Pod::close`].
+    pub async fn stop(&self, reason: &str) {
+        warn!(pod = self.identity.id, "stopping the VM: {reason}");
+        self.machine.stop(reason);
+        self.await_end().await;
+    }
+
+    async fn await_end(&self) {
         if tokio::time::timeout(STOP_TIMEOUT, self.machine.ended())
             .await
             .is_err()
@@ -281,7 +312,8 @@ fn destroyed(result: Result<Vec<host::hooks::Error>, host::pod::Error>) {
     }
 }
 
-fn log_hooks(failures: Vec<host::hooks::Error>) {
+/// Logs how hooks failed that stop nothing.
+pub fn log_hooks(failures: Vec<host::hooks::Error>) {
     for failure in failures {
         warn!("{}", chain(&failure));
     }

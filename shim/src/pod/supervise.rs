@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use tokio::io::unix::AsyncFd;
@@ -14,6 +14,7 @@ use tracing::{debug, error, info};
 use vmm_config::control::{Event, Exit, ExitReason};
 
 use super::machine::{End, Machine, State, Watcher};
+use crate::host::children;
 use crate::host::vm::{Received, Vm};
 use crate::readiness::readable;
 
@@ -23,6 +24,9 @@ const QUOTED_LINES: usize = 5;
 const MAX_LINE_BYTES: usize = 1024;
 /// How long an ended process's log may take to end, should somebody hold it.
 const LOG_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the other process of a VM may take to follow the one that ended,
+/// and to tell why.
+const VERDICT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Watches over `vm` until it has ended, and then collects its processes.
 ///
@@ -40,10 +44,17 @@ pub fn supervise(mut vm: Vm) -> io::Result<Machine> {
         .take()
         .map(|log| follow("file server", log));
     let control = readable(vm.monitor.control().try_clone_to_owned()?)?;
+    let monitor = readable(vm.monitor.pidfd().try_clone_to_owned()?)?;
     let server = readable(vm.file_server.pidfd().try_clone_to_owned()?)?;
     tokio::spawn(async move {
         let Watcher { state, mut stop } = watcher;
-        let cause = watch(&vm, &control, &server, &state, &mut stop).await;
+        let mut cause = watch(&vm, &control, &server, &state, &mut stop).await;
+        // Before they are killed, which would hide it.
+        match &mut cause {
+            Cause::MonitorGone(how) => *how = end_of(&monitor).await,
+            Cause::FileServerGone(how) => *how = end_of(&server).await,
+            Cause::Told(_) | Cause::Failed(_) | Cause::Asked(_) | Cause::Control(_) => {}
+        }
         // Both are collected before anybody hears of the end: who cleans up
         // after it meets no process of the VM.
         let killed =
@@ -64,8 +75,9 @@ pub fn supervise(mut vm: Vm) -> io::Result<Machine> {
 enum Cause {
     Told(Exit),
     Failed(String),
-    MonitorGone,
-    FileServerGone,
+    /// And how, if that is known.
+    MonitorGone(Option<String>),
+    FileServerGone(Option<String>),
     Asked(String),
     Control(String),
 }
@@ -79,9 +91,7 @@ impl Cause {
                 match exit.reason {
                     ExitReason::PowerOff => "the guest powered off".to_owned(),
                     ExitReason::Reset => quote("the guest reset itself", "guest's log", &lines),
-                    ExitReason::GuestPanic => {
-                        quote("the guest's kernel panicked", "guest's log", &lines)
-                    }
+                    ExitReason::GuestPanic => quote_panic(&lines),
                     ExitReason::TripleFault => quote(
                         "the guest's kernel crashed (triple fault)",
                         "guest's log",
@@ -98,9 +108,13 @@ impl Cause {
                     ExitReason::Stopped => "the VM was stopped".to_owned(),
                 }
             }
-            Self::MonitorGone => quote("the VM's monitor died", "monitor's log", monitor_log),
-            Self::FileServerGone => quote(
-                "the pod's file server (virtiofsd) died",
+            Self::MonitorGone(how) => quote(
+                &died("the VM's monitor (bulkhead-vmm)", how),
+                "monitor's log",
+                monitor_log,
+            ),
+            Self::FileServerGone(how) => quote(
+                &died("the pod's file server (virtiofsd)", how),
                 "its log",
                 server_log,
             ),
@@ -112,6 +126,30 @@ impl Cause {
             ),
         }
     }
+}
+
+/// Only a signal from outside is unexplained by the process's own log.
+fn died(who: &str, how: Option<String>) -> String {
+    match how {
+        Some(how) if how.contains("signal") => {
+            format!("{who} died, {how}: look for it, and for the OOM killer, in the host's log")
+        }
+        Some(how) => format!("{who} died, {how}"),
+        None => format!("{who} died"),
+    }
+}
+
+/// The panic and what the kernel said next: what came before it matters less,
+/// and a long trace may follow.
+fn quote_panic(lines: &[String]) -> String {
+    let what = "the guest's kernel panicked";
+    if lines.is_empty() {
+        return what.to_owned();
+    }
+    let panic = lines.iter().position(|line| line.contains("Kernel panic"));
+    let from = panic.unwrap_or(0);
+    let to = lines.len().min(from + QUOTED_LINES);
+    format!("{what}: {}", lines[from..to].join(" | "))
 }
 
 fn quote(what: &str, whose: &str, lines: &[String]) -> String {
@@ -140,7 +178,7 @@ async fn watch(
                 };
                 match vm.monitor.try_event() {
                     Ok(Received::Pending) => readable.clear_ready(),
-                    Ok(Received::Closed) => return Cause::MonitorGone,
+                    Ok(Received::Closed) => return Cause::MonitorGone(None),
                     Ok(Received::Event(event)) => match event {
                         Event::Started(timings) => debug!(?timings, "the VM runs"),
                         Event::GuestReady => {
@@ -153,21 +191,48 @@ async fn watch(
                     Err(error) => return Cause::Control(error.to_string()),
                 }
             }
-            _ = server.readable() => {
-                // The server also ends when the monitor has gone: then the
-                // monitor's own words count, if it left any.
-                return match vm.monitor.try_event() {
-                    Ok(Received::Event(Event::Exited(exit))) => Cause::Told(exit),
-                    Ok(Received::Event(Event::Failed { error })) => Cause::Failed(error),
-                    Ok(Received::Closed) => Cause::MonitorGone,
-                    _ => Cause::FileServerGone,
-                };
-            }
+            // The server also ends when the monitor has gone.
+            _ = server.readable() => return why_server_ended(vm, control).await,
             Some(reason) = stop.recv() => {
                 return Cause::Asked(reason);
             }
         }
     }
+}
+
+/// The file server has ended: by itself, or after the monitor, whose own words
+/// count then. A monitor that only reports the loss of its file server adds
+/// nothing to it.
+async fn why_server_ended(vm: &Vm, control: &AsyncFd<OwnedFd>) -> Cause {
+    let told = async {
+        loop {
+            let Ok(mut readable) = control.readable().await else {
+                return Cause::FileServerGone(None);
+            };
+            match vm.monitor.try_event() {
+                Ok(Received::Pending) => readable.clear_ready(),
+                Ok(Received::Event(Event::Started(_) | Event::GuestReady)) => {}
+                Ok(Received::Event(Event::Failed { error })) => return Cause::Failed(error),
+                Ok(Received::Event(Event::Exited(exit))) => match exit.reason {
+                    ExitReason::DeviceFailed { .. } => return Cause::FileServerGone(None),
+                    _ => return Cause::Told(exit),
+                },
+                Ok(Received::Closed) => return Cause::MonitorGone(None),
+                Err(error) => return Cause::Control(error.to_string()),
+            }
+        }
+    };
+    tokio::time::timeout(VERDICT_TIMEOUT, told)
+        .await
+        .unwrap_or(Cause::FileServerGone(None))
+}
+
+/// How the process of `pidfd` has ended, once it has.
+async fn end_of(pidfd: &AsyncFd<OwnedFd>) -> Option<String> {
+    // Its sockets close a moment before it is a zombie.
+    let ended = tokio::time::timeout(VERDICT_TIMEOUT, pidfd.readable()).await;
+    drop(ended.ok()?.ok()?);
+    children::end_of(pidfd.get_ref().as_fd())
 }
 
 /// The last lines of a process's log, once it has ended.
@@ -245,21 +310,46 @@ mod tests {
     }
 
     #[test]
-    fn describe_panic_quotes_the_guests_last_lines() {
+    fn describe_panic_quotes_the_panic_and_not_the_end_of_its_trace() {
+        let mut guest_log = vec!["Kernel panic - not syncing: sysrq".to_owned()];
+        guest_log.extend((0..12).map(|depth| format!("frame {depth}")));
         let exit = Exit {
             reason: ExitReason::GuestPanic,
-            guest_log: vec!["Kernel panic - not syncing".to_owned()],
+            guest_log,
         };
         let reason = Cause::Told(exit).describe(&[], &[]);
         assert!(
-            reason.contains("panicked") && reason.contains("not syncing"),
+            reason.contains("panicked") && reason.contains("not syncing: sysrq"),
+            "{reason}"
+        );
+        assert!(!reason.contains("frame 11"), "{reason}");
+    }
+
+    #[test]
+    fn quote_panic_after_other_lines_begins_with_it() {
+        let lines = ["one", "two", "Kernel panic - not syncing", "four"].map(str::to_owned);
+        let reason = quote_panic(&lines);
+        assert!(
+            reason.ends_with(": Kernel panic - not syncing | four"),
+            "{reason}"
+        );
+        let reason = quote_panic(&lines[..2]);
+        assert!(reason.ends_with(": one | two"), "{reason}");
+    }
+
+    #[test]
+    fn describe_a_killed_monitor_names_it_and_the_signal() {
+        let killed = Cause::MonitorGone(Some("killed by signal 9".to_owned()));
+        let reason = killed.describe(&[], &[]);
+        assert!(
+            reason.contains("bulkhead-vmm") && reason.contains("signal 9"),
             "{reason}"
         );
     }
 
     #[test]
     fn describe_file_server_quotes_its_log() {
-        let reason = Cause::FileServerGone.describe(&[], &["bad request".to_owned()]);
+        let reason = Cause::FileServerGone(None).describe(&[], &["bad request".to_owned()]);
         assert!(
             reason.contains("virtiofsd") && reason.contains("bad request"),
             "{reason}"

@@ -32,6 +32,13 @@ pub enum Error {
         /// As asked for.
         id: String,
     },
+    /// A task that was deleted, or whose shim was shut down, before it was
+    /// there.
+    #[error("task {id} was abandoned while it was being created")]
+    Abandoned {
+        /// As asked for.
+        id: String,
+    },
     /// The wrong time for a call.
     #[error(transparent)]
     State(WrongState),
@@ -110,6 +117,7 @@ impl Error {
                 | WrongState::Running
                 | WrongState::Deleting,
             )
+            | Self::Abandoned { .. }
             | Self::NoPod { .. }
             | Self::PodOver { .. } => Code::FAILED_PRECONDITION,
             Self::OtherPod { .. } | Self::Id(_) | Self::Streams(_) | Self::Argument { .. } => {

@@ -53,7 +53,11 @@ pub struct Io {
 #[derive(Clone, Debug)]
 enum Slot {
     /// Being created.
-    Reserved,
+    Reserved {
+        /// Whoever asked for it has given up since: nobody would ever delete
+        /// what came of it.
+        abandoned: bool,
+    },
     Live(Arc<Task>),
 }
 
@@ -124,7 +128,7 @@ impl Shim {
     pub fn task(&self, id: &str) -> Result<Arc<Task>, Error> {
         match self.tasks().get(id) {
             Some(Slot::Live(task)) => Ok(Arc::clone(task)),
-            Some(Slot::Reserved) | None => Err(Error::NoTask { id: id.to_owned() }),
+            Some(Slot::Reserved { .. }) | None => Err(Error::NoTask { id: id.to_owned() }),
         }
     }
 
@@ -132,7 +136,7 @@ impl Shim {
         let tasks = self.tasks();
         let live = tasks.values().filter_map(|slot| match slot {
             Slot::Live(task) => Some(Arc::clone(task)),
-            Slot::Reserved => None,
+            Slot::Reserved { .. } => None,
         });
         live.collect()
     }
@@ -162,23 +166,48 @@ impl Shim {
         directory::check_id(&request.id).map_err(Error::Id)?;
         let reservation = Reservation::take(self, &request.id)?;
         let bundle = request.bundle.clone();
-        match self.create_container(request).await {
-            Ok((pod, container)) => {
-                let task = Arc::new(Task {
-                    container,
-                    bundle,
-                    io,
-                });
-                created(&task);
-                reservation.fulfil(&task);
-                self.watch(&task, &pod);
-                Ok(task)
-            }
+        let (pod, container) = match self.create_container(request).await {
+            Ok(made) => made,
             Err(error) => {
-                drop(reservation);
-                self.close_if_empty(&chain(&error)).await;
-                Err(error)
+                self.give_up(reservation, &error).await;
+                return Err(error);
             }
+        };
+        let task = Arc::new(Task {
+            container,
+            bundle,
+            io,
+        });
+        if !reservation.fulfil(&task, created) {
+            let error = Error::Abandoned {
+                id: task.container.id().to_owned(),
+            };
+            task.container.discard(&pod).await;
+            // With its logging program, which the pod's end would wait for.
+            drop(task);
+            self.give_up(reservation, &error).await;
+            return Err(error);
+        }
+        self.watch(&task, &pod);
+        Ok(task)
+    }
+
+    /// Ends a Create that has come to nothing.
+    async fn give_up(&self, reservation: Reservation<'_>, error: &Error) {
+        let abandoned = reservation.release();
+        self.close_if_empty(&chain(error)).await;
+        // Nobody waits for an answer to shut the shim down after it.
+        if abandoned && self.tasks().is_empty() {
+            self.done.notify_one();
+        }
+    }
+
+    /// containerd deletes a task that it is still asking for: its client has
+    /// gone, or lost patience.
+    pub fn abandon(&self, id: &str) {
+        if let Some(Slot::Reserved { abandoned }) = self.tasks().get_mut(id) {
+            info!(id, "abandoned while it is being created");
+            *abandoned = true;
         }
     }
 
@@ -314,9 +343,11 @@ impl Shim {
         }
     }
 
-    /// containerd has no more use for the shim: true if that ends it.
+    /// containerd has no more use for the shim: true if that ends it. Tasks
+    /// that are still being created are abandoned with it, and the last of them
+    /// ends it then.
     pub async fn shutdown(&self) -> bool {
-        if !self.tasks().is_empty() {
+        if !self.abandon_all() {
             return false;
         }
         self.close_if_empty("the shim was shut down").await;
@@ -324,18 +355,36 @@ impl Shim {
         true
     }
 
-    /// Ends everything at once, for SIGTERM.
+    /// Abandons what is being created, unless there is a task: whether there is
+    /// neither.
+    fn abandon_all(&self) -> bool {
+        let mut tasks = self.tasks();
+        if tasks.values().any(|slot| matches!(slot, Slot::Live(_))) {
+            return false;
+        }
+        for slot in tasks.values_mut() {
+            *slot = Slot::Reserved { abandoned: true };
+        }
+        tasks.is_empty()
+    }
+
+    /// Ends everything at once, for SIGTERM. Where there are tasks, what the pod
+    /// has on the host is left to the `delete` that containerd runs when the
+    /// shim has gone: it reports what is on record.
     pub async fn terminate(&self) {
+        const REASON: &str = "the shim was terminated";
         info!("terminating with everything in the pod");
         if let Ok(pod) = self.running_pod().await {
-            pod.machine().stop("the shim was terminated");
-            pod.machine().ended().await;
-            for task in self.live_tasks() {
-                task.container
-                    .lose(&pod, &self.events, "the shim was terminated")
-                    .await;
+            pod.stop(REASON).await;
+            let tasks = self.live_tasks();
+            for task in &tasks {
+                task.container.lose(&pod, &self.events, REASON).await;
             }
-            pod.close().await;
+            if tasks.is_empty() {
+                pod.close().await;
+            } else {
+                pod.leave().await;
+            }
         }
         self.done.notify_one();
     }
@@ -353,7 +402,7 @@ impl<'a> Reservation<'a> {
         match shim.tasks().entry(id.to_owned()) {
             Entry::Occupied(_) => Err(Error::Exists { id: id.to_owned() }),
             Entry::Vacant(entry) => {
-                entry.insert(Slot::Reserved);
+                entry.insert(Slot::Reserved { abandoned: false });
                 Ok(Self {
                     shim,
                     id: id.to_owned(),
@@ -362,17 +411,34 @@ impl<'a> Reservation<'a> {
         }
     }
 
-    fn fulfil(self, task: &Arc<Task>) {
-        self.shim
-            .tasks()
-            .insert(self.id.clone(), Slot::Live(Arc::clone(task)));
+    /// Lets go of the id: whether it was abandoned, by whoever came before this.
+    fn release(mut self) -> bool {
+        // Taken, so that nobody else's is dropped with this.
+        let id = std::mem::take(&mut self.id);
+        let slot = self.shim.tasks().remove(&id);
+        matches!(slot, Some(Slot::Reserved { abandoned: true }))
+    }
+
+    /// Puts the task into its place, after `created`; false if it was
+    /// abandoned.
+    fn fulfil(&self, task: &Arc<Task>, created: impl FnOnce(&Task)) -> bool {
+        // One step: whoever asks for its deletion marks it before or finds it
+        // after.
+        let mut tasks = self.shim.tasks();
+        let slot = tasks.get_mut(&self.id);
+        let Some(slot @ Slot::Reserved { abandoned: false }) = slot else {
+            return false;
+        };
+        created(task);
+        *slot = Slot::Live(Arc::clone(task));
+        true
     }
 }
 
 impl Drop for Reservation<'_> {
     fn drop(&mut self) {
         let mut tasks = self.shim.tasks();
-        if matches!(tasks.get(&self.id), Some(Slot::Reserved)) {
+        if matches!(tasks.get(&self.id), Some(Slot::Reserved { .. })) {
             tasks.remove(&self.id);
         }
     }

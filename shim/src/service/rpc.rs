@@ -242,6 +242,9 @@ impl TaskService for Rpc {
         _: &TtrpcContext,
         request: DeleteRequest,
     ) -> ttrpc::Result<DeleteResponse> {
+        if request.exec_id.is_empty() {
+            self.0.abandon(&request.id);
+        }
         self.init(&request.id, &request.exec_id)?;
         let id = request.id.clone();
         self.run("Delete", &id, |shim| async move {

@@ -6,6 +6,7 @@ use agent_protocol::{POD_DIR, SHARE_DIR};
 use serde_json::{Value, json};
 
 use super::{Error, Membership, hooks, text};
+use crate::host::mounts::Access;
 use crate::host::pod::ContainerHooks;
 
 /// Brings a file or directory of the host into the share.
@@ -14,8 +15,9 @@ use crate::host::pod::ContainerHooks;
 pub trait Volumes {
     /// Why a source cannot be shared.
     type Error;
-    /// Shares `source`, once per pod, and returns its path below the share.
-    fn add(&mut self, source: &Path) -> Result<PathBuf, Self::Error>;
+    /// Shares `source`, once per pod and access, and returns its path below the
+    /// share.
+    fn add(&mut self, source: &Path, access: Access) -> Result<PathBuf, Self::Error>;
 }
 
 /// What the host does with a configuration.
@@ -161,29 +163,40 @@ fn rewrite_mount<V: Volumes>(
     let in_guest = if is_shm {
         format!("{POD_DIR}/shm")
     } else {
-        let shared = volumes
-            .add(&source)
-            .map_err(|error| IntoJsonError::Volume {
-                index,
-                path: source.clone(),
-                source: error,
-            })?;
+        let shared =
+            volumes
+                .add(&source, access(mount))
+                .map_err(|error| IntoJsonError::Volume {
+                    index,
+                    path: source.clone(),
+                    source: error,
+                })?;
         format!("{SHARE_DIR}/{}", shared.display())
     };
     mount["source"] = json!(in_guest);
     Ok(())
 }
 
+fn options(mount: &Value) -> impl DoubleEndedIterator<Item = &str> {
+    let options = mount.get("options").and_then(Value::as_array);
+    options.into_iter().flatten().filter_map(Value::as_str)
+}
+
 fn is_bind(mount: &Value) -> bool {
-    let by_option = mount
-        .get("options")
-        .and_then(Value::as_array)
-        .is_some_and(|options| {
-            options
-                .iter()
-                .any(|option| matches!(option.as_str(), Some("bind" | "rbind")))
-        });
-    by_option || text(mount, "/type") == Some("bind")
+    options(mount).any(|option| matches!(option, "bind" | "rbind"))
+        || text(mount, "/type") == Some("bind")
+}
+
+/// What the guest may write to of a bind mount: the last word counts, and a
+/// recursive one, which is applied later, more than another (mount(8); OCI
+/// runtime-spec, config.md, "Linux mount options").
+fn access(mount: &Value) -> Access {
+    let last = |words: [&str; 2]| options(mount).rfind(|option| words.contains(option));
+    match (last(["rro", "rrw"]), last(["ro", "rw"])) {
+        (Some("rro"), _) => Access::ReadOnlyThroughout,
+        (None, Some("ro")) => Access::ReadOnly,
+        _ => Access::Writable,
+    }
 }
 
 /// The tmpfs that CRI mounts on the host as its pods' `/dev/shm`

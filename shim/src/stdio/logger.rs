@@ -62,7 +62,8 @@ fn failed<E: Into<io::Error>>(operation: &'static str) -> impl FnOnce(E) -> Erro
     }
 }
 
-/// A running logging program.
+/// A running logging program. Dropped before it has finished, it is killed and
+/// collected: its container never was.
 #[derive(Debug)]
 pub struct Logger {
     pid: u32,
@@ -93,14 +94,8 @@ impl Logger {
         let ready = pipe::Receiver::from_owned_fd(ready).map_err(failed("read from it"))?;
         match tokio::time::timeout(READY_TIMEOUT, wait_ready(ready, command.ready)).await {
             Ok(Ok(())) => Ok((logger, stdout, stderr)),
-            Ok(Err(error)) => {
-                logger.kill();
-                Err(error)
-            }
-            Err(_) => {
-                logger.kill();
-                Err(Error::Timeout)
-            }
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(Error::Timeout),
         }
     }
 
@@ -157,7 +152,6 @@ impl Logger {
                 pid = self.pid,
                 "the logging program does not end; killing it"
             );
-            self.kill();
         }
     }
 
@@ -170,8 +164,11 @@ impl Logger {
         }
         ended
     }
+}
 
-    fn kill(&self) {
+impl Drop for Logger {
+    fn drop(&mut self) {
+        // One that has finished is collected, and left alone.
         children::kill_and_reap(self.pid, self.pidfd.get_ref().as_fd());
     }
 }

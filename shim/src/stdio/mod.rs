@@ -140,6 +140,7 @@ impl Opened {
                 fifo,
                 stream: connect(Kind::STDIN).await?,
                 exit: exit.clone(),
+                closed: false,
             };
         }
         Ok(Streams {
@@ -182,6 +183,8 @@ enum Stdin {
         fifo: PathBuf,
         stream: UnixStream,
         exit: watch::Receiver<Option<Exit>>,
+        /// `CloseIO` came: it ends with what the client has written by then.
+        closed: bool,
     },
     /// It is copied; `keep` is our own writing end, which keeps the FIFO from
     /// ending when the client goes.
@@ -206,8 +209,13 @@ impl Streams {
     /// When the FIFO is gone; the program's input has then ended.
     pub fn start_input(&self) -> Result<(), Error> {
         let mut stdin = locked(&self.stdin);
-        let (fifo, stream, exit) = match std::mem::replace(&mut *stdin, Stdin::None) {
-            Stdin::Waiting { fifo, stream, exit } => (fifo, stream, exit),
+        let (fifo, stream, exit, closed) = match std::mem::replace(&mut *stdin, Stdin::None) {
+            Stdin::Waiting {
+                fifo,
+                stream,
+                exit,
+                closed,
+            } => (fifo, stream, exit, closed),
             other => {
                 *stdin = other;
                 return Ok(());
@@ -215,26 +223,26 @@ impl Streams {
         };
         // In this order: a FIFO without a reader cannot be opened for writing
         // without waiting (fifo(7)).
-        let failed = open_error("standard input", &fifo);
-        let ends = pipe::OpenOptions::new()
-            .open_receiver(&fifo)
-            .and_then(|reader| Ok((reader, pipe::OpenOptions::new().open_sender(&fifo)?)));
-        let (reader, keep) = ends.map_err(failed)?;
+        let open = || {
+            let reader = pipe::OpenOptions::new().open_receiver(&fifo)?;
+            let keep = (!closed).then(|| pipe::OpenOptions::new().open_sender(&fifo));
+            Ok((reader, keep.transpose()?))
+        };
+        let (reader, keep) = open().map_err(open_error("standard input", &fifo))?;
         *stdin = Stdin::Copied {
-            keep: Some(keep),
+            keep,
             copying: tokio::spawn(copy::input(reader, stream, exit)),
         };
         Ok(())
     }
 
     /// Ends standard input once the FIFO has been read empty and the client has
-    /// closed its own end; at once if the program has not been started.
-    /// Idempotent.
+    /// closed its own end, and not before the program is started. Idempotent.
     pub fn close_stdin(&self) {
         let mut stdin = locked(&self.stdin);
         match &mut *stdin {
             Stdin::None => {}
-            Stdin::Waiting { .. } => *stdin = Stdin::None,
+            Stdin::Waiting { closed, .. } => *closed = true,
             Stdin::Copied { keep, .. } => *keep = None,
         }
     }

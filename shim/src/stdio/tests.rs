@@ -118,6 +118,33 @@ async fn input_survives_a_client_that_goes_and_ends_with_close_io() {
 }
 
 #[tokio::test]
+async fn input_closed_before_the_start_is_what_was_written_by_then() {
+    let guest = Guest::with_fifos();
+    let opened = Opened::open(&guest.plan, "c", "default")
+        .await
+        .expect("opens");
+    let exit = watch::Sender::new(None);
+    let (streams, mut ends) = connected(opened, &exit.subscribe()).await;
+    let mut stdin = ends.remove(&(Kind::STDIN as i32)).expect("is connected");
+    // As containerd's client opens it: for both, so that it does not wait.
+    let mut options = std::fs::File::options();
+    let mut client = options
+        .read(true)
+        .write(true)
+        .open(guest.path("in"))
+        .expect("opens");
+    io::Write::write_all(&mut client, b"early words").expect("writes");
+    streams.close_stdin();
+    streams.start_input().expect("opens");
+    drop(client);
+    let mut text = String::new();
+    let read = stdin.read_to_string(&mut text);
+    let read = tokio::time::timeout(Duration::from_secs(20), read).await;
+    read.expect("ends").expect("reads");
+    assert_eq!(text, "early words");
+}
+
+#[tokio::test]
 async fn input_is_not_read_before_the_start() {
     let guest = Guest::with_fifos();
     let opened = Opened::open(&guest.plan, "c", "default")
@@ -248,4 +275,19 @@ async fn logging_program_of_v2_that_ends_early_is_an_error() {
         ),
         "{error}"
     );
+}
+
+#[tokio::test]
+async fn logging_program_of_a_container_that_never_was_is_killed_and_collected() {
+    let directory = tempfile::tempdir().expect("makes a directory");
+    let file = directory.path().join("pid");
+    let script = format!("echo $$ >{}; exec 5>&-; exec sleep 1000", file.display());
+    let uri = shell("binary", &script);
+    let plan = Plan::parse("", &uri, &uri, false).expect("parses");
+    let opened = Opened::open(&plan, "c", "default").await.expect("starts");
+    let pid = std::fs::read_to_string(file).expect("reads");
+    let process = PathBuf::from("/proc").join(pid.trim());
+    assert!(process.exists());
+    drop(opened);
+    assert!(!process.exists());
 }

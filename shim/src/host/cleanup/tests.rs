@@ -18,8 +18,8 @@ use crate::host::cgroup::CgroupPath;
 use crate::host::cgroup::tests::hierarchy;
 use crate::host::children;
 use crate::host::install::Opened;
-use crate::host::mounts::RootFs;
 use crate::host::mounts::tests::private_mounts;
+use crate::host::mounts::{Access, RootFs};
 use crate::host::netns::Network;
 use crate::host::pod::{ContainerHooks, ContainerRequest, HostPod};
 use crate::host::stand_in;
@@ -51,6 +51,10 @@ impl Scene {
     fn cgroup_name(&self) -> String {
         let name = self.base.file_name().expect("has a name");
         format!("bulkhead-test{}", name.to_string_lossy().replace('.', "-"))
+    }
+
+    fn cleanup(&self, id: &str) -> Result<Deleted, Error> {
+        cleanup(&self.root(), "default", id, Deadline::NONE)
     }
 
     fn poststop_runs(&self, id: &str) -> usize {
@@ -106,7 +110,7 @@ fn play() -> bool {
     };
     match role.to_str() {
         Some("shim") => play_shim(&scene),
-        Some(id) => drop(cleanup(&scene.root(), "default", id)),
+        Some(id) => drop(scene.cleanup(id)),
         None => panic!("unknown role"),
     }
     true
@@ -164,9 +168,11 @@ fn play_shim(scene: &Scene) {
         .expect("adds");
         stand_ins.push(host.start_stand_in(id, None).expect("starts"));
         stand_ins.push(host.start_stand_in(id, Some("exec")).expect("starts"));
-        host.run_create_runtime_hooks(id).expect("run");
+        let hooks = host.create_runtime_hooks(id).expect("are noted");
+        hooks.run_until_failure().expect("run");
     }
-    host.add_volume(&scene.base.join("rootfs")).expect("adds");
+    host.add_volume(&scene.base.join("rootfs"), Access::ReadOnly)
+        .expect("adds");
     let exit = ExitRecord {
         status: 7,
         exited_at_ns: 8,
@@ -241,7 +247,7 @@ fn cleanup_of_member_and_pod_touches_what_is_theirs_and_only_after_the_shim() {
     let processes = |id: &str| record.containers[id].stand_ins.values().copied();
 
     for id in ["pod", "member"] {
-        let deleted = cleanup(&scene.root(), "default", id).expect("reports");
+        let deleted = scene.cleanup(id).expect("reports");
         assert_eq!(deleted.pid, record.containers[id].stand_ins[""].pid);
         assert!(
             processes(id).all(is_alive),
@@ -250,7 +256,7 @@ fn cleanup_of_member_and_pod_touches_what_is_theirs_and_only_after_the_shim() {
     }
     kill(shim);
 
-    let deleted = cleanup(&scene.root(), "default", "member").expect("cleans");
+    let deleted = scene.cleanup("member").expect("cleans");
     assert_eq!(deleted.exit.map(|exit| exit.status), Some(7));
     assert!(deleted.members.is_empty());
     assert_eq!(scene.poststop_runs("member"), 1);
@@ -268,7 +274,7 @@ fn cleanup_of_member_and_pod_touches_what_is_theirs_and_only_after_the_shim() {
         "the VM is the pod's"
     );
 
-    let deleted = cleanup(&scene.root(), "default", "pod").expect("cleans");
+    let deleted = scene.cleanup("pod").expect("cleans");
     assert_eq!((deleted.exit, deleted.members.len()), (None, 0));
     assert!(
         processes("pod")
@@ -280,7 +286,7 @@ fn cleanup_of_member_and_pod_touches_what_is_theirs_and_only_after_the_shim() {
     scene.assert_nothing_left();
     assert!(base.path().join("rootfs/precious").exists());
 
-    let again = cleanup(&scene.root(), "default", "pod").expect("is clean");
+    let again = scene.cleanup("pod").expect("is clean");
     assert_eq!((again.pid, again.exit), (0, None));
 }
 
@@ -305,7 +311,7 @@ fn cleanup_killed_at_any_moment_is_finished_by_the_next() {
             let _ = delete.kill();
             collect(delete);
         }
-        cleanup(&scene.root(), "default", "pod").expect("finishes");
+        scene.cleanup("pod").expect("finishes");
         scene.assert_nothing_left();
         assert!(scene.poststop_runs("pod") > 0 && scene.poststop_runs("member") > 0);
         assert!(base.path().join("rootfs/precious").exists());
@@ -326,7 +332,7 @@ fn cleanup_after_a_shim_killed_while_it_makes_its_pod_leaves_nothing() {
         wait_at_most(&shim, Duration::from_micros(u64::from(step * 1500)));
         let _ = shim.kill();
         collect(shim);
-        cleanup(&scene.root(), "default", "pod").expect("cleans");
+        scene.cleanup("pod").expect("cleans");
         scene.assert_nothing_left();
         assert!(base.path().join("rootfs/precious").exists());
     }
@@ -340,4 +346,122 @@ fn wait_at_most(child: &Child, time: Duration) {
     while Instant::now() < end && alive.exists() {
         std::hint::spin_loop();
     }
+}
+
+#[test]
+fn cleanup_of_what_another_is_cleaning_up_waits_for_the_pod_and_reports_a_member() {
+    if play() {
+        return;
+    }
+    let Some(base) = private_mounts() else { return };
+    let Some(scene) = scene(base.path()) else {
+        return;
+    };
+    let shim = scene.start_shim();
+    assert!(orphans(&scene.root(), "default").is_empty(), "it is alive");
+    kill(shim);
+    let orphans = orphans(&scene.root(), "default");
+    assert_eq!(orphans.len(), 1);
+
+    let lock = scene.pod().lock_existing(LONGEST_WAIT).expect("is free");
+    let soon = Deadline::after(Duration::from_millis(100));
+    let deleted = cleanup(&scene.root(), "default", "member", soon).expect("reports");
+    assert_eq!(deleted.exit.map(|exit| exit.status), Some(7));
+    assert!(deleted.pid > 0);
+    let soon = Deadline::after(Duration::from_millis(100));
+    let error = cleanup(&scene.root(), "default", "pod", soon).expect_err("is another's");
+    assert!(matches!(
+        error,
+        Error::Directory(directory::Error::Held { .. })
+    ));
+    let swept = orphans[0].remove(Deadline::NONE).expect("looks");
+    assert!(swept.is_none() && scene.pod().record().exists());
+
+    drop(lock);
+    // Those who waited too long still get the lock, and let go of it.
+    let end = Instant::now() + LONGEST_WAIT;
+    while orphans[0]
+        .remove(Deadline::NONE)
+        .expect("removes")
+        .is_none()
+    {
+        assert!(Instant::now() < end, "is free in the end");
+    }
+    scene.assert_nothing_left();
+    assert_eq!(scene.poststop_runs("pod"), 1);
+    assert!(
+        orphans[0]
+            .remove(Deadline::NONE)
+            .expect("is gone")
+            .is_none()
+    );
+}
+
+#[test]
+fn cleanup_that_runs_out_of_time_is_finished_by_the_next() {
+    let root = tempfile::tempdir().expect("directory");
+    let pod = PodPaths::below(root.path(), "default", "c").expect("plain ids");
+    drop(pod.create_and_lock().expect("is free"));
+    let wait = root.path().join("wait");
+    fs::write(&wait, "").expect("writes");
+    let script = format!("while test -e {}; do sleep 0.01; done", wait.display());
+    let hook: Hook = serde_json::from_value(serde_json::json!({
+        "path": "/bin/sh", "args": ["sh", "-c", script],
+    }))
+    .expect("is a hook");
+    let container = Container {
+        bundle: root.path().to_owned(),
+        oci_version: String::new(),
+        annotations: std::collections::BTreeMap::new(),
+        poststop: vec![hook],
+        poststop_due: true,
+        stand_ins: std::collections::BTreeMap::new(),
+        exit: None,
+    };
+    let mut record = Record::new();
+    record.containers.insert("c".to_owned(), container);
+    record.write(&pod.record()).expect("writes");
+
+    let soon = Deadline::after(Duration::from_millis(100));
+    cleanup(root.path(), "default", "c", soon).expect_err("has no time");
+    assert!(pod.record().exists());
+    fs::remove_file(wait).expect("removes");
+    let deleted = cleanup(root.path(), "default", "c", Deadline::NONE).expect("finishes");
+    assert!(deleted.hook_failures.is_empty());
+    assert!(!pod.directory().exists());
+}
+
+#[test]
+fn cleanup_of_a_pod_tells_of_members_without_an_exit_and_of_no_other() {
+    let root = tempfile::tempdir().expect("directory");
+    let pod = PodPaths::below(root.path(), "default", "pod").expect("plain ids");
+    drop(pod.create_and_lock().expect("is free"));
+    let exit = ExitRecord {
+        status: 3,
+        exited_at_ns: 4,
+    };
+    let container = |exit| Container {
+        bundle: root.path().to_owned(),
+        oci_version: String::new(),
+        annotations: std::collections::BTreeMap::new(),
+        poststop: Vec::new(),
+        poststop_due: false,
+        stand_ins: [(
+            String::new(),
+            Process {
+                pid: 42,
+                start_ticks: u64::MAX,
+            },
+        )]
+        .into(),
+        exit,
+    };
+    let mut record = Record::new();
+    for (id, exit) in [("pod", None), ("dead", None), ("ended", Some(exit))] {
+        record.containers.insert(id.to_owned(), container(exit));
+    }
+    record.write(&pod.record()).expect("writes");
+    let deleted = cleanup(root.path(), "default", "pod", Deadline::NONE).expect("cleans");
+    let id = "dead".to_owned();
+    assert_eq!(deleted.members, [Member { id, pid: 42 }]);
 }

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use agent_protocol::api::{
     AdjustTimeRequest, AdjustTimeResponse, CreateContainerRequest, CreateContainerResponse,
@@ -29,7 +30,7 @@ use crate::pod::machine::{End, State, Watcher};
 
 type Streams = HashMap<(String, i32), UnixStream>;
 
-struct Program {
+pub struct Program {
     arguments: Vec<String>,
     status: watch::Sender<Option<u32>>,
 }
@@ -37,10 +38,16 @@ struct Program {
 /// What the agent was told, and what runs.
 pub struct Guest {
     streams: Mutex<Streams>,
-    programs: Mutex<HashMap<String, Arc<Program>>>,
+    pub programs: Mutex<HashMap<String, Arc<Program>>>,
     pub specs: Mutex<HashMap<String, Value>>,
     pub pod: Mutex<Option<CreatePodRequest>>,
     pub vm: Mutex<Option<watch::Sender<State>>>,
+    /// Whether the guest may become ready.
+    pub may_boot: watch::Sender<bool>,
+    /// How far its clock is ahead of the host's.
+    pub clock_ahead_ns: Mutex<i64>,
+    /// The same when its first container was created.
+    pub ahead_at_create_ns: watch::Sender<Option<i64>>,
 }
 
 impl Guest {
@@ -51,6 +58,9 @@ impl Guest {
             specs: Mutex::default(),
             pod: Mutex::default(),
             vm: Mutex::default(),
+            may_boot: watch::Sender::new(true),
+            clock_ahead_ns: Mutex::default(),
+            ahead_at_create_ns: watch::Sender::new(None),
         })
     }
 
@@ -75,6 +85,8 @@ impl Guest {
             let listener = std::os::unix::net::UnixListener::from(listener);
             listener.set_nonblocking(true).expect("is a socket");
             let listener = UnixListener::from_std(listener).expect("registers");
+            let mut may_boot = guest.may_boot.subscribe();
+            may_boot.wait_for(|may| *may).await.expect("is told");
             if let Some(state) = &*guest.vm.lock().expect("unpoisoned") {
                 state.send_if_modified(|state| {
                     let booting = *state == State::Booting;
@@ -219,6 +231,11 @@ impl Agent for Rpc {
         _: &TtrpcContext,
         request: CreateContainerRequest,
     ) -> ttrpc::Result<CreateContainerResponse> {
+        let ahead_ns = *self.0.clock_ahead_ns.lock().expect("unpoisoned");
+        self.0.ahead_at_create_ns.send_if_modified(|at_create| {
+            at_create.get_or_insert(ahead_ns);
+            true
+        });
         let spec: Value = serde_json::from_slice(&request.spec_json).expect("is JSON");
         let arguments: Vec<String> =
             serde_json::from_value(spec["process"]["args"].clone()).expect("has arguments");
@@ -301,6 +318,14 @@ impl Agent for Rpc {
         request: DeleteProcessRequest,
     ) -> ttrpc::Result<DeleteProcessResponse> {
         let id = &request.process.container_id;
+        if let Ok(program) = self.0.program(id)
+            && program
+                .arguments
+                .last()
+                .is_some_and(|last| last == "undeletable")
+        {
+            return Err(status(ttrpc::Code::INTERNAL, "device or resource busy"));
+        }
         if let Ok(program) = self.0.program(id) {
             self.0.end(id, &program, 137);
         }
@@ -311,10 +336,19 @@ impl Agent for Rpc {
     async fn adjust_time(
         &self,
         _: &TtrpcContext,
-        _: AdjustTimeRequest,
+        request: AdjustTimeRequest,
     ) -> ttrpc::Result<AdjustTimeResponse> {
+        if request.adjust_ns != 0 {
+            // Long enough for whoever does not wait for it to be seen.
+            let mut at_create = self.0.ahead_at_create_ns.subscribe();
+            let created = at_create.wait_for(Option::is_some);
+            let _ = tokio::time::timeout(Duration::from_millis(200), created).await;
+        }
+        let mut ahead_ns = self.0.clock_ahead_ns.lock().expect("unpoisoned");
+        let realtime_ns = now_ns() + *ahead_ns;
+        *ahead_ns += request.adjust_ns;
         Ok(AdjustTimeResponse {
-            realtime_ns: now_ns(),
+            realtime_ns,
             ..AdjustTimeResponse::default()
         })
     }

@@ -1,13 +1,15 @@
 //! A host without anything on it.
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::guest::Guest;
-use crate::host::hooks;
+use crate::host::hooks::{self, Batch, State, Status};
+use crate::host::mounts::Access;
 use crate::host::netns::Network;
-use crate::host::pod::{ContainerRequest, Error as HostError, ExitRecord};
+use crate::host::pod::{ContainerHooks, ContainerRequest, Error as HostError, ExitRecord};
 use crate::pod::host_side::{HostSide, StartError};
 use crate::pod::machine::Machine;
 
@@ -20,6 +22,7 @@ pub struct FakeHost {
     guest: Arc<Guest>,
     directory: PathBuf,
     stand_ins: u32,
+    hooks: BTreeMap<String, ContainerHooks>,
 }
 
 impl FakeHost {
@@ -29,6 +32,28 @@ impl FakeHost {
             guest: Arc::clone(guest),
             directory: directory.to_owned(),
             stand_ins: 0,
+            hooks: BTreeMap::new(),
+        }
+    }
+
+    /// What the containers' specs ask for, with no state to speak of.
+    fn batch(&self, kind: &'static str, container_id: &str) -> Batch {
+        let hooks = self.hooks.get(container_id).cloned().unwrap_or_default();
+        Batch {
+            kind,
+            hooks: match kind {
+                "createRuntime" => hooks.create_runtime,
+                "poststart" => hooks.poststart,
+                _ => hooks.poststop,
+            },
+            state: State {
+                oci_version: hooks.oci_version,
+                id: container_id.to_owned(),
+                status: Status::Created,
+                pid: None,
+                bundle: self.directory.clone(),
+                annotations: hooks.annotations,
+            },
         }
     }
 
@@ -53,10 +78,11 @@ impl HostSide for FakeHost {
 
     fn add_container(&mut self, request: ContainerRequest) -> Result<PathBuf, HostError> {
         self.note(format!("add {}", request.id));
+        self.hooks.insert(request.id.clone(), request.hooks);
         Ok(format!("containers/{}/rootfs", request.id).into())
     }
 
-    fn add_volume(&mut self, source: &Path) -> Result<PathBuf, HostError> {
+    fn add_volume(&mut self, source: &Path, _: Access) -> Result<PathBuf, HostError> {
         self.note(format!("volume {}", source.display()));
         Ok("volumes/0".into())
     }
@@ -72,13 +98,13 @@ impl HostSide for FakeHost {
         Ok(())
     }
 
-    fn run_create_runtime_hooks(&mut self, container_id: &str) -> Result<(), HostError> {
+    fn create_runtime_hooks(&mut self, container_id: &str) -> Result<Batch, HostError> {
         self.note(format!("hooks of {container_id}"));
-        Ok(())
+        Ok(self.batch("createRuntime", container_id))
     }
 
-    fn run_poststart_hooks(&mut self, _: &str) -> Vec<hooks::Error> {
-        Vec::new()
+    fn poststart_hooks(&mut self, container_id: &str) -> Result<Batch, HostError> {
+        Ok(self.batch("poststart", container_id))
     }
 
     fn record_exit(&mut self, container_id: &str, exit: ExitRecord) -> Result<(), HostError> {
@@ -86,9 +112,19 @@ impl HostSide for FakeHost {
         Ok(())
     }
 
-    fn remove_container(&mut self, container_id: &str) -> Result<Vec<hooks::Error>, HostError> {
+    fn dismantle_container(&mut self, container_id: &str) -> Result<Option<Batch>, HostError> {
         self.note(format!("remove {container_id}"));
-        Ok(Vec::new())
+        Ok(Some(self.batch("poststop", container_id)))
+    }
+
+    fn forget_container(&mut self, container_id: &str) -> Result<(), HostError> {
+        self.hooks.remove(container_id);
+        Ok(())
+    }
+
+    fn leave(self: Box<Self>) -> Result<(), HostError> {
+        self.note("leave");
+        Ok(())
     }
 
     fn destroy(self: Box<Self>) -> Result<Vec<hooks::Error>, HostError> {

@@ -1,5 +1,6 @@
 //! The whole shim against a containerd, a host and a guest of the tests'.
 
+mod endings;
 mod guest;
 mod host;
 
@@ -172,6 +173,30 @@ impl World {
             topics.push(self.event().await.topic);
         }
         topics
+    }
+
+    /// Creates a task whose guest does not come up yet.
+    async fn begin_create(&self, id: &str) -> tokio::task::JoinHandle<ttrpc::Result<()>> {
+        let request = self.bundle(id, &spec(&["sleep"]));
+        let client = self.client.clone();
+        let creating =
+            tokio::spawn(
+                async move { client.create(Context::default(), &request).await.map(drop) },
+            );
+        self.until(&format!("hooks of {id}")).await;
+        creating
+    }
+
+    /// Waits until the host has done something.
+    async fn until(&self, what: &str) {
+        let done = async {
+            while !self.did(what) {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), done)
+            .await
+            .expect("is done");
     }
 
     fn did(&self, what: &str) -> bool {

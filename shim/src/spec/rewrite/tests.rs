@@ -5,15 +5,16 @@ use proptest::prelude::*;
 use super::*;
 
 #[derive(Default)]
-struct Counted(Vec<PathBuf>);
+struct Counted(Vec<(PathBuf, Access)>);
 
 impl Volumes for Counted {
     type Error = Infallible;
 
-    fn add(&mut self, source: &Path) -> Result<PathBuf, Infallible> {
-        let known = self.0.iter().position(|known| known == source);
+    fn add(&mut self, source: &Path, access: Access) -> Result<PathBuf, Infallible> {
+        let volume = (source.to_owned(), access);
+        let known = self.0.iter().position(|known| *known == volume);
         let number = known.unwrap_or_else(|| {
-            self.0.push(source.to_owned());
+            self.0.push(volume);
             self.0.len() - 1
         });
         Ok(PathBuf::from(format!("volumes/{number}")))
@@ -36,7 +37,7 @@ fn lone() -> Value {
             {"destination": "/proc", "type": "proc", "source": "proc"},
             {"destination": "/dev/shm", "type": "tmpfs", "source": "shm"},
             {"destination": "/a", "type": "bind", "source": "/host/a", "options": ["rbind", "ro"]},
-            {"destination": "/b", "source": "/host/a", "options": ["bind"]},
+            {"destination": "/b", "source": "/host/a", "options": ["bind", "ro"]},
         ],
         "futureField": {"x": 1},
     })
@@ -95,6 +96,44 @@ fn rewrite_lone_container_replaces_every_path_of_the_host() {
     assert_eq!(host.root, PathBuf::from("rootfs"));
     assert_eq!(host.cgroups_path.as_deref(), Some("/default/c"));
     assert!(host.own_pid_namespace);
+}
+
+#[test]
+fn rewrite_binds_one_source_once_for_each_access() {
+    use Access::{ReadOnly, ReadOnlyThroughout, Writable};
+
+    let mut spec = lone();
+    let bind = |options: Value| json!({"destination": "/d", "type": "bind", "source": "/host/a", "options": options});
+    spec["mounts"] = json!([
+        bind(json!(["rbind"])),
+        bind(json!(["rbind", "ro", "rw"])),
+        bind(json!(["rbind", "rw", "ro"])),
+        bind(json!(["rbind", "ro", "rro"])),
+        bind(json!(["rbind", "rro", "rw"])),
+        bind(json!(["rbind", "rrw", "ro"])),
+    ]);
+    let (_, guest) = GuestSpec::split(spec, "c", None).expect("splits");
+    let mut volumes = Counted::default();
+    let json = guest.into_json(&mut volumes).expect("rewrites");
+    let guest: Value = serde_json::from_slice(&json).expect("is JSON");
+    let accesses = guest["mounts"].as_array().expect("is a list").iter();
+    let accesses = accesses.map(|mount| {
+        let source = text(mount, "/source").expect("has a source");
+        let number = source.rsplit('/').next().expect("has a name");
+        volumes.0[number.parse::<usize>().expect("is a number")].1
+    });
+    assert_eq!(
+        accesses.collect::<Vec<_>>(),
+        [
+            Writable,
+            Writable,
+            ReadOnly,
+            ReadOnlyThroughout,
+            ReadOnlyThroughout,
+            Writable
+        ]
+    );
+    assert_eq!(volumes.0.len(), 3);
 }
 
 #[test]
