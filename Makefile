@@ -19,6 +19,8 @@ DENY_VERSION := 0.20.2
 DENY := $(BULKHEAD_CACHE)/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
 PREFIX := $(BULKHEAD_CACHE)/prefix
 E2E_TIMEOUT ?= 2400
+# How many nodes the end-to-end tests share.
+NODES ?= 2
 
 step = @printf '\n=== %s\n' '$(1)'
 builder = cargo run --quiet --release --package rootfs-builder --bin rootfs-builder --
@@ -108,12 +110,12 @@ node-test: ## The test node itself
 .PHONY: e2e
 e2e: ## End-to-end tests through containerd, in nodes
 	$(call step,end-to-end tests)
-	BULKHEAD_PREFIX=$(PREFIX) timeout --foreground $(E2E_TIMEOUT) cargo test --package bulkhead-e2e -- --test-threads=1 --nocapture
+	BULKHEAD_PREFIX=$(PREFIX) timeout --foreground $(E2E_TIMEOUT) cargo test --package bulkhead-e2e -- --test-threads=$(NODES) --nocapture
 
 .PHONY: soak
 soak: cache install ## The end-to-end tests with their full counts
 	$(call step,soak)
-	BULKHEAD_SOAK=1 BULKHEAD_PREFIX=$(PREFIX) cargo test --package bulkhead-e2e -- --test-threads=1 --nocapture
+	BULKHEAD_SOAK=1 BULKHEAD_PREFIX=$(PREFIX) cargo test --package bulkhead-e2e -- --test-threads=$(NODES) --nocapture
 
 # Static, because they run in the node whatever the libraries here.
 bench_target = $(CARGO_TARGET_DIR)/static/x86_64-unknown-linux-gnu/release

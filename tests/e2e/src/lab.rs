@@ -5,6 +5,8 @@ use std::{collections::BTreeSet, env, path::PathBuf, time::Duration};
 use anyhow::{Context, Result, bail, ensure};
 use bulkhead_node::{Node, NodeCommand, NodeOptions};
 
+use crate::stand_ins;
+
 /// The runtime under test.
 pub const BULKHEAD: &str = "io.containerd.bulkhead.v2";
 /// The image that most checks use.
@@ -42,7 +44,24 @@ impl Lab {
             .map(PathBuf::from)
             .context("BULKHEAD_PREFIX names no installation: run `make e2e`")?;
         let node = Node::up(NodeOptions::new("e2e").prefix(prefix))?;
-        Ok(Self { node })
+        let lab = Self { node };
+        stand_ins::watch(&lab)?;
+        Ok(lab)
+    }
+
+    /// Takes a fresh node in place of this lab's, which may be dead. The old one
+    /// ends, whatever it complains of.
+    ///
+    /// # Errors
+    /// When there is none to be had; the old one stays.
+    pub fn renew(&mut self) -> Result<()> {
+        *self = Self::open()?;
+        Ok(())
+    }
+
+    /// Whether the full counts are to be run.
+    pub fn soak(&self) -> bool {
+        env::var_os("BULKHEAD_SOAK").is_some()
     }
 
     /// Ends the node.
@@ -56,11 +75,6 @@ impl Lab {
     /// The node itself.
     pub fn node(&self) -> &Node {
         &self.node
-    }
-
-    /// Whether the full counts are to be run.
-    pub fn soak(&self) -> bool {
-        env::var_os("BULKHEAD_SOAK").is_some()
     }
 
     /// Runs a bash script in the node.
@@ -169,7 +183,7 @@ for stat in /proc/[0-9]*/stat; do
     pid=${stat#/proc/}; pid=${pid%/stat}
     [ -e "/proc/$pid/exe" ] || [ "$1" = Z ] || continue
     name=${line#*(}; name=${name%)*}
-    case $name in bash | awk | find | cut | sort | grep | node-agent*) continue ;; esac
+    case $name in bash | ctr | containerd | awk | find | cut | sort | grep | node-agent*) continue ;; esac
     echo "process $name $pid started ${20}"
 done
 cut -d' ' -f5 /proc/self/mountinfo | sed 's/^/mount /'
@@ -177,7 +191,7 @@ awk '$8 ~ /bulkhead|containerd-shim|^@?.*s\/[0-9a-f]{64}/ { print "socket " $8 }
 for link in /sys/class/net/*; do echo "interface ${link##*/}"; done
 find /run/netns /var/run/netns -mindepth 1 2>/dev/null | sed 's/^/netns /'
 find /sys/fs/cgroup -mindepth 1 -type d | sed 's/^/cgroup /'
-find /run/bulkhead -mindepth 1 -path '*/uids/*' -prune -o -mindepth 1 -print 2>/dev/null | sed 's/^/file /'
+find /run/bulkhead -mindepth 1 -path '*/uids' -prune -o -mindepth 1 -print 2>/dev/null | sed 's/^/file /'
 find /run/containerd/io.containerd.runtime.v2.task /run/containerd/s /run/containerd/fifo -mindepth 2 2>/dev/null | sed 's/^/file /'
 true
 "#;

@@ -3,3 +3,5 @@
 
 pub mod checks;
 pub mod lab;
+pub mod labs;
+pub mod stand_ins;

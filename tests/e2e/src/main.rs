@@ -1,10 +1,10 @@
-//! Runs every check in one node, one after another, and fails also when the
-//! node's own kernel complained.
+//! Runs the checks in as many nodes as `--test-threads` says, and fails also
+//! when a node's own kernel complained.
 
-use std::{process::ExitCode, sync::Arc};
+use std::{env, process::ExitCode, sync::Arc};
 
 use anyhow::Result;
-use bulkhead_e2e::{checks, lab::Lab};
+use bulkhead_e2e::{checks, labs::Labs, stand_ins};
 use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
 
 fn main() -> ExitCode {
@@ -22,31 +22,37 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<Conclusion> {
-    let lab = Arc::new(Lab::open()?);
-    println!("node: {}", lab.node().mode());
-    let conclusion = libtest_mimic::run(arguments, trials(Some(&lab)));
-    if let Some(lab) = Arc::into_inner(lab) {
-        lab.close()?;
+    let labs = Arc::new(Labs::open(arguments.test_threads.unwrap_or(1).max(1))?);
+    let conclusion = libtest_mimic::run(arguments, trials(Some(&labs)));
+    if let Some(labs) = Arc::into_inner(labs)
+        && !conclusion.has_failed()
+    {
+        labs.close(arguments.filter.is_none())?;
     }
     Ok(conclusion)
 }
 
-fn trials(lab: Option<&Arc<Lab>>) -> Vec<Trial> {
+fn trials(labs: Option<&Arc<Labs>>) -> Vec<Trial> {
     let all = checks::ALL.iter().flat_map(|group| group.iter());
     all.map(|(name, check)| {
-        let held = lab.cloned();
+        let held = labs.cloned();
         let trial = Trial::test(*name, move || match held {
-            Some(lab) => check(&lab).map_err(|error| Failed::from(format!("{error:#}"))),
+            Some(labs) => labs
+                .with(name, |lab| {
+                    check(lab)?;
+                    stand_ins::expect_no_other(lab)
+                })
+                .map_err(|error| Failed::from(format!("{error:#}"))),
             None => Err("no node".into()),
         });
-        trial.with_ignored_flag(lab.is_some_and(|lab| is_skipped(lab, name)))
+        trial.with_ignored_flag(is_skipped(name))
     })
     .collect()
 }
 
-fn is_skipped(lab: &Lab, name: &str) -> bool {
+fn is_skipped(name: &str) -> bool {
     let listed = checks::SKIPPED.iter().find(|(skipped, _)| *skipped == name);
-    if let (Some((name, reason)), false) = (listed, lab.soak()) {
+    if let (Some((name, reason)), None) = (listed, env::var_os("BULKHEAD_SOAK")) {
         println!("SKIP {name}: {reason}");
         return true;
     }

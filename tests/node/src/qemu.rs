@@ -30,6 +30,18 @@ impl Mode {
     }
 }
 
+impl Mode {
+    /// The node's CPUs. QEMU has a thread for each emulated CPU, and they race: one keeps a translation of code that another
+    /// is patching, or runs on with half of a guest's state after a world switch. The node's kernel or a guest in it then
+    /// dies of what no program did. With one CPU there is nobody to race with.
+    fn cpus(self) -> &'static str {
+        match self {
+            Mode::Nested => "2",
+            Mode::Emulated => "1",
+        }
+    }
+}
+
 impl fmt::Display for Mode {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
@@ -48,8 +60,8 @@ pub const ROOT_DISK_BYTES: u64 = 16 << 30;
 /// Where the agent listens, inside.
 const AGENT_PORT: u16 = 7000;
 
-/// Debian 13's QEMU, run out of the node's own root directory through that root's dynamic loader: nothing is installed, and
-/// QEMU 7.2, which Debian 12 has, corrupts an emulated node's kernel.
+/// The QEMU of Debian 13's backports, run out of the node's own root directory through that root's dynamic loader: nothing is
+/// installed. QEMU 7.2, which Debian 12 has, corrupts an emulated node's kernel, and 10.0 its guests.
 #[derive(Clone, Debug)]
 pub struct Qemu {
     root: PathBuf,
@@ -156,7 +168,7 @@ impl Machine<'_> {
             "-machine",
             "q35,memory-backend=ram,usb=off,vmport=off",
             "-smp",
-            "2",
+            self.mode.cpus(),
         ]);
         command.args(["-m", &MEMORY_MIB.to_string()]);
         match self.mode {

@@ -22,8 +22,9 @@ fn on_2_3(lab: &Lab) -> Result<()> {
 fn smoke(lab: &Lab, version: &str) -> Result<()> {
     lab.succeed(&format!("containerd-use {version}"))?;
     let outcome = codes(lab, version);
-    lab.succeed("containerd-use 2.4")?;
-    outcome
+    let restored = lab.succeed("containerd-use 2.4");
+    outcome?;
+    restored.map(drop)
 }
 
 fn codes(lab: &Lab, version: &str) -> Result<()> {
@@ -32,11 +33,11 @@ fn codes(lab: &Lab, version: &str) -> Result<()> {
         server.trim_start_matches('v').starts_with(version),
         "containerd {server} runs"
     );
+    let nerdctl = format!("nerdctl run --rm --pull never --runtime {BULKHEAD} {IMAGE}");
+    // The first makes the bridge, which stays.
+    lab.succeed(&format!("{nerdctl} true"))?;
     let before = lab.resources()?;
     lab.expect_code(42, &format!("{RUN} old sh -c 'exit 42'"))?;
-    lab.expect_code(
-        42,
-        &format!("nerdctl run --rm --pull never --runtime {BULKHEAD} {IMAGE} sh -c 'exit 42'"),
-    )?;
+    lab.expect_code(42, &format!("{nerdctl} sh -c 'exit 42'"))?;
     lab.expect_nothing_left(&before)
 }

@@ -111,9 +111,10 @@ fn host_network(lab: &Lab) -> Result<()> {
 fn ends_with_255(lab: &Lab, words: &str, command: &str, spoil: &str) -> Result<()> {
     let before = lab.resources()?;
     let outcome = lab.run(&format!(
-        "ctr run --rm --privileged --runtime {BULKHEAD} {IMAGE} broken sh -c '{command}' \
-             </dev/null >/tmp/broken.out 2>/tmp/broken.err & run=$!
-         for try in $(seq 600); do grep -q ready /tmp/broken.out && break; sleep 0.1; done
+        "rm -f /tmp/broken.in; mkfifo /tmp/broken.in; exec 3<>/tmp/broken.in
+         ctr run --rm --privileged --runtime {BULKHEAD} {IMAGE} broken sh -c 'echo ready; {command}' \
+             <&3 >/tmp/broken.out 2>/tmp/broken.err 3<&- & run=$!
+         until grep -q ready /tmp/broken.out; do kill -0 $run || break; sleep 0.1; done
          {spoil}
          wait $run; code=$?
          cat /tmp/broken.err >&2; exit $code"
@@ -129,18 +130,18 @@ fn ends_with_255(lab: &Lab, words: &str, command: &str, spoil: &str) -> Result<(
 fn guest_panic(lab: &Lab) -> Result<()> {
     ends_with_255(
         lab,
-        "panic",
-        "echo ready; mount -o remount,rw /proc/sys 2>/dev/null; echo c >/proc/sysrq-trigger; sleep 1000",
-        "true",
+        "Kernel panic - not syncing",
+        "read go; echo c >/proc/sysrq-trigger; sleep 1000",
+        "echo go >&3",
     )
 }
 
 fn virtiofsd_dies(lab: &Lab) -> Result<()> {
-    let command = "echo ready; sleep 1000";
+    let command = "sleep 1000";
     ends_with_255(lab, "virtiofsd", command, "pkill -KILL -x virtiofsd")
 }
 
 fn monitor_dies(lab: &Lab) -> Result<()> {
-    let command = "echo ready; sleep 1000";
+    let command = "sleep 1000";
     ends_with_255(lab, "bulkhead-vmm", command, "pkill -KILL -x bulkhead-vmm")
 }

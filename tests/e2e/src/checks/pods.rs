@@ -37,8 +37,9 @@ fn grouping(lab: &Lab, version: &str) -> Result<()> {
     lab.succeed(&format!("containerd-use {version}"))?;
     let outcome = live(lab);
     lab.run("crictl rmp -fa")?;
-    lab.succeed("containerd-use 2.4")?;
-    outcome
+    let restored = lab.succeed("containerd-use 2.4");
+    outcome?;
+    restored.map(drop)
 }
 
 /// The life of a pod of two containers.
