@@ -188,7 +188,10 @@ for stat in /proc/[0-9]*/stat; do
 done
 cut -d' ' -f5 /proc/self/mountinfo | sed 's/^/mount /'
 awk '$8 ~ /bulkhead|containerd-shim|^@?.*s\/[0-9a-f]{64}/ { print "socket " $8 }' /proc/net/unix
-for link in /sys/class/net/*; do echo "interface ${link##*/}"; done
+for link in /sys/class/net/*; do
+    # The CNI plugins keep the bridges that they once made.
+    case ${link##*/} in cni0 | nerdctl0) ;; *) echo "interface ${link##*/}" ;; esac
+done
 find /run/netns /var/run/netns -mindepth 1 2>/dev/null | sed 's/^/netns /'
 find /sys/fs/cgroup -mindepth 1 -type d | sed 's/^/cgroup /'
 find /run/bulkhead -mindepth 1 -path '*/uids' -prune -o -mindepth 1 -print 2>/dev/null | sed 's/^/file /'
