@@ -2,24 +2,13 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Result, bail};
-use bulkhead_node::Mode;
-
 use crate::{lab::Lab, stand_ins};
-
-/// An emulated node may die of its emulation (see [`Labs::with`]) so often in
-/// one run; more is no accident.
-const EMULATOR_DEATHS: usize = 2;
+use anyhow::{Result, bail};
 
 /// A fixed number of nodes.
 pub struct Labs {
-    state: Mutex<State>,
+    free: Mutex<Vec<Lab>>,
     returned: Condvar,
-}
-
-struct State {
-    free: Vec<Lab>,
-    deaths: usize,
 }
 
 impl Labs {
@@ -30,71 +19,46 @@ impl Labs {
     pub fn open(count: usize) -> Result<Self> {
         let free: Result<Vec<_>> = (0..count).map(|_| Lab::open()).collect();
         Ok(Self {
-            state: Mutex::new(State {
-                free: free?,
-                deaths: 0,
-            }),
+            free: Mutex::new(free?),
             returned: Condvar::new(),
         })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn free(&self) -> MutexGuard<'_, Vec<Lab>> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn take(&self) -> Lab {
-        let mut state = self.state();
+        let mut free = self.free();
         loop {
-            if let Some(lab) = state.free.pop() {
+            if let Some(lab) = free.pop() {
                 return lab;
             }
-            state = self
+            free = self
                 .returned
-                .wait(state)
+                .wait(free)
                 .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     fn give_back(&self, lab: Lab) {
-        self.state().free.push(lab);
+        self.free().push(lab);
         self.returned.notify_one();
     }
 
-    /// Runs a check in a node of its own. After one that fails the next finds a
-    /// fresh node, so that it meets nothing that was left.
-    ///
-    /// When the kernel of an *emulated* node dies, the check is run once more,
-    /// and that is printed: QEMU's emulation of SVM is known to crash it. A
-    /// kernel on hardware has no such excuse.
+    /// Runs a check in a node of its own. After one that fails, its node's death
+    /// included, the next finds a fresh node and meets nothing that was left.
     ///
     /// # Errors
     /// The check's own, or that no node could be had.
-    pub fn with(&self, name: &str, check: impl Fn(&Lab) -> Result<()>) -> Result<()> {
+    pub fn with(&self, check: impl Fn(&Lab) -> Result<()>) -> Result<()> {
         let mut lab = self.take();
-        let result = self.attempt(name, &mut lab, check);
+        let result = check(&lab).map_err(|error| match lab.renew() {
+            Ok(()) => error,
+            Err(renewing) => error.context(renewing),
+        });
         self.give_back(lab);
         result
-    }
-
-    fn attempt(&self, name: &str, lab: &mut Lab, check: impl Fn(&Lab) -> Result<()>) -> Result<()> {
-        let Err(error) = check(lab) else {
-            return Ok(());
-        };
-        let died = lab.node().mode() == Mode::Emulated && lab.node().check().is_err();
-        if let Err(renewing) = lab.renew() {
-            return Err(error.context(renewing));
-        }
-        if !died || !self.excuses_death() {
-            return Err(error);
-        }
-        println!("NODE DIED in {name}, which is run again: {error:#}");
-        check(lab)
-    }
-
-    fn excuses_death(&self) -> bool {
-        let mut state = self.state();
-        state.deaths += 1;
-        state.deaths <= EMULATOR_DEATHS
     }
 
     /// Ends all nodes. `complete` tells whether every check has run.
@@ -102,19 +66,16 @@ impl Labs {
     /// # Errors
     /// When a node's kernel complained, or no announced pid was ever looked at.
     pub fn close(self, complete: bool) -> Result<()> {
-        let state = self
-            .state
+        let free = self
+            .free
             .into_inner()
             .unwrap_or_else(PoisonError::into_inner);
         let mut seen = 0;
-        for lab in state.free {
+        for lab in free {
             seen += stand_ins::seen(&lab)?;
             lab.close()?;
         }
-        println!(
-            "stand-ins: {seen} announced pids looked at; nodes that died: {}",
-            state.deaths
-        );
+        println!("stand-ins: {seen} announced pids looked at");
         if complete && seen == 0 {
             bail!("no announced pid was looked at: the watch over them is broken");
         }

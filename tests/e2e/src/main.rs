@@ -38,7 +38,7 @@ fn trials(labs: Option<&Arc<Labs>>) -> Vec<Trial> {
         let held = labs.cloned();
         let trial = Trial::test(*name, move || match held {
             Some(labs) => labs
-                .with(name, |lab| {
+                .with(|lab| {
                     check(lab)?;
                     stand_ins::expect_no_other(lab)
                 })

@@ -31,9 +31,8 @@ impl Mode {
 }
 
 impl Mode {
-    /// The node's CPUs. QEMU has a thread for each emulated CPU, and they race: one keeps a translation of code that another
-    /// is patching, or runs on with half of a guest's state after a world switch. The node's kernel or a guest in it then
-    /// dies of what no program did. With one CPU there is nobody to race with.
+    /// The node's CPUs. With two emulated ones, for each of which QEMU has a thread, the node's kernel or a guest in it died of
+    /// what no program did (README, "What emulation costs"); with one it has not been seen.
     fn cpus(self) -> &'static str {
         match self {
             Mode::Nested => "2",
@@ -61,7 +60,7 @@ pub const ROOT_DISK_BYTES: u64 = 16 << 30;
 const AGENT_PORT: u16 = 7000;
 
 /// The QEMU of Debian 13's backports, run out of the node's own root directory through that root's dynamic loader: nothing is
-/// installed. QEMU 7.2, which Debian 12 has, corrupts an emulated node's kernel, and 10.0 its guests.
+/// installed. QEMU 7.2, which Debian 12 has, corrupts an emulated node's kernel; under 10.0 guests crashed.
 #[derive(Clone, Debug)]
 pub struct Qemu {
     root: PathBuf,

@@ -1,10 +1,9 @@
 //! A VM that never runs, held as long as the node lives.
 //!
 //! KVM patches the kernel's scheduler when a host's first VM is made and when its last one goes (`preempt_notifier_key`),
-//! and its own entry path whenever no vCPU's APIC is disabled any more (`apic_sw_disabled`). On an emulated node that
-//! patching is not safe: QEMU's threads, one for each of the node's CPUs, can keep a translation of the breakpoint that
-//! stands in the code for a moment, and run into it later, when it is gone; the kernel then dies of an `int3` that nobody set.
-//! With this VM neither switch is ever thrown again.
+//! and its own entry path whenever no vCPU's APIC is disabled any more (`apic_sw_disabled`). An emulated node once died in the
+//! scheduler of an `int3` where the code held a patched jump: most likely a translation, kept by QEMU, of the breakpoint that
+//! patching puts there for a moment. With this VM neither switch is thrown while tests run.
 
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};

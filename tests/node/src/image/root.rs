@@ -37,8 +37,8 @@ const PACKAGES: [&str; 23] = [
 ];
 
 /// QEMU runs the node on the host, and microvm in the node, which the benchmark compares with. Backported: Debian 13's own
-/// 10.0 loses interrupts and misreads the page tables of a nested guest when it emulates SVM on two CPUs; a guest that made
-/// some ten thousand file requests died of it or hung.
+/// guests under 10.0 crashed or hung on heavy file traffic where it emulated SVM on two CPUs, and did not under 11.1 (see the
+/// README, "What emulation costs").
 const QEMU: [&str; 5] = [
     "qemu-system-x86",
     "qemu-system-common",
