@@ -12,6 +12,8 @@ mod nonblocking;
 mod pod;
 mod reaper;
 mod service;
+mod stats;
+mod status;
 mod stdio;
 mod streams;
 

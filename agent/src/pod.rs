@@ -165,11 +165,7 @@ fn create_namespaces(hostname: String) -> Result<(), PodError> {
 /// # Errors
 /// When the host did not take the data: the caller must know that it is lost.
 pub fn write_back(rootfs: &Path, bind_sources: &[PathBuf]) -> Result<(), PodError> {
-    let places = bind_sources.iter().map(PathBuf::as_path);
-    let places: Vec<_> = places.chain([rootfs]).collect();
-    for mounted in mounts_of(&mounts_below(Path::new(SHARE_DIR))?, &places) {
-        sync_mount(&mounted)?;
-    }
+    sync_container(rootfs, bind_sources)?;
     // What was never looked at was never mounted: EINVAL is as good.
     if let Err(errno) = umount2(rootfs, MntFlags::empty())
         && errno != Errno::EINVAL
@@ -181,6 +177,19 @@ pub fn write_back(rootfs: &Path, bind_sources: &[PathBuf]) -> Result<(), PodErro
         path: rootfs.into(),
         source,
     })
+}
+
+/// Writes a container's files back to the host, as [`write_back`], and keeps them.
+///
+/// # Errors
+/// As [`write_back`].
+pub fn sync_container(rootfs: &Path, bind_sources: &[PathBuf]) -> Result<(), PodError> {
+    let places = bind_sources.iter().map(PathBuf::as_path);
+    let places: Vec<_> = places.chain([rootfs]).collect();
+    for mounted in mounts_of(&mounts_below(Path::new(SHARE_DIR))?, &places) {
+        sync_mount(&mounted)?;
+    }
+    Ok(())
 }
 
 /// Unmounts all of the share, innermost first, as far as that goes: the guest

@@ -1,33 +1,37 @@
 //! The agent's side of `agent.proto`.
 
-use std::{error::Error, sync::Arc, time::UNIX_EPOCH};
+use std::{sync::Arc, time::UNIX_EPOCH};
 
-use agent_container::{CgroupError, CreateError, SignalError, StartError};
 use agent_protocol::{
     PROTOCOL_VERSION,
     api::{
         AdjustTimeRequest, AdjustTimeResponse, CloseStdinRequest, CloseStdinResponse,
-        CreateContainerRequest, CreateContainerResponse, CreatePodRequest, CreatePodResponse,
-        DeleteProcessRequest, DeleteProcessResponse, HelloRequest, HelloResponse,
-        ListProcessesRequest, ListProcessesResponse, ShutdownRequest, ShutdownResponse,
+        ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
+        CreateContainerResponse, CreatePodRequest, CreatePodResponse, DeleteProcessRequest,
+        DeleteProcessResponse, ExecProcessRequest, ExecProcessResponse, HelloRequest,
+        HelloResponse, ListProcessesRequest, ListProcessesResponse, PauseContainerRequest,
+        PauseContainerResponse, ResizeTerminalRequest, ResizeTerminalResponse,
+        ResumeContainerRequest, ResumeContainerResponse, ShutdownRequest, ShutdownResponse,
         SignalProcessRequest, SignalProcessResponse, StartProcessRequest, StartProcessResponse,
-        WaitProcessRequest, WaitProcessResponse,
+        UpdateContainerRequest, UpdateContainerResponse, WaitProcessRequest, WaitProcessResponse,
     },
     service::Agent,
 };
 use async_trait::async_trait;
+use protobuf::MessageField;
 use tokio::{
     sync::{Mutex, Notify},
     task::{self, spawn_blocking},
 };
-use ttrpc::{Code, r#async::TtrpcContext, get_status};
+use ttrpc::{Code, r#async::TtrpcContext};
 
 use crate::{
     clock,
-    containers::{ContainerError, Containers},
-    entropy,
-    pod::{self, PodError},
+    containers::Containers,
+    entropy, pod,
     reaper::Exit,
+    stats::metrics,
+    status::{chain, internal, pod_code, refused, status},
 };
 
 /// Serves the contract. Each call that changes something runs [`to_its_end`].
@@ -75,6 +79,7 @@ impl Agent for Service {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             kernel_release: kernel.release().to_string_lossy().into_owned(),
             container_ids: self.containers.ids(),
+            paused_container_ids: self.containers.paused_ids().await,
             ..HelloResponse::default()
         })
     }
@@ -121,6 +126,23 @@ impl Agent for Service {
         })
     }
 
+    async fn exec_process(
+        &self,
+        _: &TtrpcContext,
+        request: ExecProcessRequest,
+    ) -> ttrpc::Result<ExecProcessResponse> {
+        let containers = Arc::clone(&self.containers);
+        let guest_pid = to_its_end(async move {
+            let created = containers.exec(&request.process, &request.process_json, &request.stdio);
+            created.await.map_err(|error| refused(&error))
+        })
+        .await?;
+        Ok(ExecProcessResponse {
+            guest_pid,
+            ..ExecProcessResponse::default()
+        })
+    }
+
     async fn start_process(
         &self,
         _: &TtrpcContext,
@@ -164,7 +186,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: WaitProcessRequest,
     ) -> ttrpc::Result<WaitProcessResponse> {
-        let exit = self
+        let (exit, oom_kills) = self
             .containers
             .wait(&request.process)
             .await
@@ -172,6 +194,7 @@ impl Agent for Service {
         Ok(WaitProcessResponse {
             exit_status: exit.status,
             exited_at_ns: exited_at_ns(exit),
+            oom_kills,
             ..WaitProcessResponse::default()
         })
     }
@@ -185,6 +208,79 @@ impl Agent for Service {
             .close_stdin(&request.process)
             .map_err(|error| refused(&error))?;
         Ok(CloseStdinResponse::default())
+    }
+
+    async fn resize_terminal(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeTerminalRequest,
+    ) -> ttrpc::Result<ResizeTerminalResponse> {
+        let cells = |count: u32| {
+            u16::try_from(count).map_err(|_| {
+                let message = format!("a terminal cannot be {count} characters wide or high");
+                status(Code::INVALID_ARGUMENT, message)
+            })
+        };
+        let (rows, columns) = (cells(request.height)?, cells(request.width)?);
+        self.containers
+            .resize(&request.process, rows, columns)
+            .map_err(|error| refused(&error))?;
+        Ok(ResizeTerminalResponse::default())
+    }
+
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: PauseContainerRequest,
+    ) -> ttrpc::Result<PauseContainerResponse> {
+        let containers = Arc::clone(&self.containers);
+        to_its_end(async move {
+            let paused = containers.pause(&request.container_id);
+            paused.await.map_err(|error| refused(&error))
+        })
+        .await?;
+        Ok(PauseContainerResponse::default())
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: ResumeContainerRequest,
+    ) -> ttrpc::Result<ResumeContainerResponse> {
+        let containers = Arc::clone(&self.containers);
+        to_its_end(async move {
+            let resumed = containers.resume(&request.container_id);
+            resumed.await.map_err(|error| refused(&error))
+        })
+        .await?;
+        Ok(ResumeContainerResponse::default())
+    }
+
+    async fn container_stats(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerStatsRequest,
+    ) -> ttrpc::Result<ContainerStatsResponse> {
+        let figures = self.containers.figures(&request.container_id);
+        let figures = figures.await.map_err(|error| refused(&error))?;
+        Ok(ContainerStatsResponse {
+            metrics: MessageField::some(metrics(&figures)),
+            ..ContainerStatsResponse::default()
+        })
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateContainerRequest,
+    ) -> ttrpc::Result<UpdateContainerResponse> {
+        let containers = Arc::clone(&self.containers);
+        to_its_end(async move {
+            let updated = containers.update(&request.container_id, &request.linux_resources_json);
+            updated.await.map_err(|error| refused(&error))
+        })
+        .await?;
+        Ok(UpdateContainerResponse::default())
     }
 
     async fn delete_process(
@@ -263,86 +359,6 @@ async fn to_its_end<T: Send + 'static>(
     task::spawn(call).await.map_err(|error| internal(&error))?
 }
 
-fn refused(error: &ContainerError) -> ttrpc::Error {
-    status(code(error), chain(error))
-}
-
-/// Whose fault it is: the caller's by its argument, by an identity, by the order
-/// of its calls, or the guest's.
-fn code(error: &ContainerError) -> Code {
-    use ContainerError as E;
-    match error {
-        E::Id { .. } | E::Spec(_) | E::Rootfs { .. } => Code::INVALID_ARGUMENT,
-        E::NotFound { .. } | E::Ended { .. } => Code::NOT_FOUND,
-        E::Exists { .. } => Code::ALREADY_EXISTS,
-        E::Creating { .. } => Code::FAILED_PRECONDITION,
-        E::Create { source, .. } => match source {
-            CreateError::Unsupported(_) | CreateError::Id { .. } | CreateError::Stdio { .. } => {
-                Code::INVALID_ARGUMENT
-            }
-            CreateError::Cgroup(source) => cgroup_code(source),
-            CreateError::Helper(_)
-            | CreateError::Channel(_)
-            | CreateError::Ended
-            | CreateError::Init(_) => Code::INTERNAL,
-        },
-        E::Start { source, .. } => match source {
-            StartError::AlreadyStarted { .. } | StartError::Ended { .. } => {
-                Code::FAILED_PRECONDITION
-            }
-            StartError::Init(_) => Code::INTERNAL,
-        },
-        E::Signal { source, .. } => match source {
-            SignalError::Ended { .. } => Code::NOT_FOUND,
-            SignalError::Send { .. } => Code::INTERNAL,
-        },
-        E::Cgroup { source, .. } => cgroup_code(source),
-        E::WriteBack { source, .. } => pod_code(source),
-        E::Stdio { .. } => Code::INTERNAL,
-    }
-}
-
-fn cgroup_code(error: &CgroupError) -> Code {
-    match error {
-        CgroupError::Exists { .. } => Code::ALREADY_EXISTS,
-        CgroupError::Create { .. }
-        | CgroupError::Read { .. }
-        | CgroupError::Write { .. }
-        | CgroupError::Devices { .. }
-        | CgroupError::Busy { .. }
-        | CgroupError::Remove { .. } => Code::INTERNAL,
-    }
-}
-
-fn pod_code(error: &PodError) -> Code {
-    match error {
-        PodError::Hostname { .. } => Code::INVALID_ARGUMENT,
-        PodError::Mount { .. } | PodError::Namespace { .. } | PodError::WriteBack { .. } => {
-            Code::INTERNAL
-        }
-    }
-}
-
-fn internal(error: &dyn Error) -> ttrpc::Error {
-    status(Code::INTERNAL, chain(error))
-}
-
-fn status(code: Code, message: impl Into<String>) -> ttrpc::Error {
-    ttrpc::Error::RpcStatus(get_status(code, message.into()))
-}
-
-/// The whole chain of causes on one line, outermost first.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -366,38 +382,5 @@ mod tests {
         drop(call);
         go.send(()).expect("waited for");
         seen.await.expect("goes on");
-    }
-
-    #[test]
-    fn code_tells_the_callers_mistakes_from_the_guests() {
-        let id = || "a".to_owned();
-        let create = |source| ContainerError::Create { id: id(), source };
-        let start = |source| ContainerError::Start { id: id(), source };
-        let exists = CgroupError::Exists { path: "/a".into() };
-        let signal = ContainerError::Signal {
-            id: id(),
-            source: SignalError::Ended { pid: 7 },
-        };
-        for (error, expected) in [
-            (create(CreateError::Id { id: id() }), Code::INVALID_ARGUMENT),
-            (
-                create(CreateError::Stdio { terminal: true }),
-                Code::INVALID_ARGUMENT,
-            ),
-            (create(CreateError::Cgroup(exists)), Code::ALREADY_EXISTS),
-            (create(CreateError::Ended), Code::INTERNAL),
-            (
-                start(StartError::AlreadyStarted { pid: 7 }),
-                Code::FAILED_PRECONDITION,
-            ),
-            (start(StartError::Init(String::new())), Code::INTERNAL),
-            (signal, Code::NOT_FOUND),
-            (
-                ContainerError::Creating { id: id() },
-                Code::FAILED_PRECONDITION,
-            ),
-        ] {
-            assert_eq!(code(&error), expected, "{error}");
-        }
     }
 }

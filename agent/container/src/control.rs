@@ -1,4 +1,4 @@
-//! The socket between the creator and the helper, later the init.
+//! The socket between the creator and the helper, later the new process.
 //!
 //! Messages are JSON, one per packet of a `SOCK_SEQPACKET` pair, with
 //! descriptors beside them. End of file means that the other side has ended or
@@ -13,6 +13,7 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
     sendmsg, socketpair,
 };
+use oci_spec::runtime::{LinuxSeccomp, Process};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -23,31 +24,45 @@ const MAX_DESCRIPTORS: usize = 8;
 /// Longest error text. A character takes at most six bytes as JSON (`\u0000`).
 const MAX_ERROR_CHARACTERS: usize = 8 * 1024;
 
-/// From the creator to the helper, once. Comes with the specification in a
-/// memfd, the cgroup's directory, and three descriptors for the init's standard
-/// streams unless there is a terminal.
+/// From the creator to the helper, once. Comes with the descriptors that it
+/// names, in that order, then three for the process's standard streams unless
+/// there is a terminal.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Request {
-    pub share_dir: PathBuf,
-    pub pod_dir: PathBuf,
-    pub terminal: bool,
+pub enum Request {
+    /// Make a container. With the specification in a memfd and the cgroup's directory.
+    Create {
+        share_dir: PathBuf,
+        pod_dir: PathBuf,
+        terminal: bool,
+    },
+    /// Make a process in a container. With an [`ExecSpec`] in a memfd, the
+    /// init's pidfd, and `cgroup.procs`, open for writing, of the container's
+    /// cgroup and of the one that the init is in.
+    Exec { terminal: bool },
 }
 
-/// From the creator to the waiting init.
+/// What an exec needs of the container's specification and its own.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ExecSpec {
+    pub process: Process,
+    pub seccomp: Option<LinuxSeccomp>,
+}
+
+/// From the creator to the waiting process.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Command {
     /// Execute the user's program.
     Start,
 }
 
-/// From helper and init to the creator.
+/// From helper and process to the creator.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Report {
-    /// The init exists; comes with its pidfd.
+    /// The process exists; comes with its pidfd.
     Cloned { pid: i32 },
     /// Comes with the master of the terminal.
     Console,
-    /// The init waits for [`Command::Start`].
+    /// The process waits for [`Command::Start`].
     Ready { warnings: Vec<String> },
     /// The last message: what failed, with its causes.
     Failed { message: String },
@@ -74,11 +89,11 @@ impl Report {
 pub enum ChannelError {
     #[error("cannot make the socket to the helper")]
     Pair(#[source] Errno),
-    #[error("cannot send to the other side of the container's creation")]
+    #[error("cannot send to the other side of the creation")]
     Send(#[source] Errno),
-    #[error("cannot receive from the other side of the container's creation")]
+    #[error("cannot receive from the other side of the creation")]
     Receive(#[source] Errno),
-    #[error("malformed message during the container's creation")]
+    #[error("malformed message during the creation")]
     Malformed(#[source] serde_json::Error),
     #[error("message of more than {MAX_MESSAGE_BYTES} bytes or {MAX_DESCRIPTORS} descriptors")]
     TooLong,

@@ -8,6 +8,9 @@
 //! ends. The init builds the root file system, reports and waits; on
 //! [`Process::start`] it executes the user's program.
 //!
+//! An exec ([`Container::exec`]) is made the same way, in the namespaces of a
+//! running init instead of new ones.
+//!
 //! Nothing here waits for a child process: the caller reaps every process of
 //! the guest, the helper and each init included. Results travel over a socket,
 //! on which end of file means that the other side is gone.
@@ -20,24 +23,30 @@ mod container;
 mod control;
 mod create;
 mod credentials;
+mod exec;
 mod helper;
 mod init;
+mod joined;
 mod kernel_calls;
+mod launch;
 mod namespaces;
 mod process;
 mod program;
 mod rootfs;
 mod seccomp;
+mod setup;
 mod spec_support;
 mod sysctl;
 mod terminal;
 
-pub use cgroup::CgroupError;
-pub use container::Container;
-pub use create::{ContainerStdio, CreateError, CreateOptions, create};
+pub use cgroup::{CgroupError, DeviceFigures, Figures, HugePages, Keyed, Pressure, Waiting};
+pub use container::{Container, UpdateError};
+pub use create::{CreateError, CreateOptions, create};
+pub use exec::ExecError;
 pub use helper::helper_main;
-pub use process::{Process, SignalError, StartError};
-pub use spec_support::{ParseError, Unsupported, parse, validate};
+pub use launch::{ContainerStdio, LaunchError};
+pub use process::{Process, ResizeError, SignalError, StartError};
+pub use spec_support::{ParseError, Unsupported, parse, parse_process, parse_resources, validate};
 
 /// First argument with which the agent's binary is executed as the helper. Its
 /// `main` must compare `argv[1]` with this before it does anything else (no

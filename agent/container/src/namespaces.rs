@@ -157,6 +157,24 @@ pub fn join(spec: &Spec, pod_dir: &Path) -> Result<(), NamespaceError> {
     Ok(())
 }
 
+/// Joins the namespaces of a container by its init, as they are when it is
+/// called; the PID namespace takes the caller's later children alone. A kind
+/// that the container shares with the agent is joined again, to no effect. The
+/// caller's root and working directory become the container's.
+pub fn join_those_of(init: &OwnedFd) -> Result<(), Errno> {
+    // Without the user namespace, of which a container has none of its own yet.
+    let kinds = [
+        LinuxNamespaceType::Cgroup,
+        LinuxNamespaceType::Ipc,
+        LinuxNamespaceType::Uts,
+        LinuxNamespaceType::Network,
+        LinuxNamespaceType::Pid,
+        LinuxNamespaceType::Mount,
+    ];
+    let kinds = kinds.into_iter().map(flag);
+    setns(init, kinds.fold(CloneFlags::empty(), CloneFlags::union))
+}
+
 fn open(path: &Path, expected: CloneFlags, pod_dir: &Path) -> Result<OwnedFd, NamespaceError> {
     let descriptor =
         open_below_as(&[pod_dir], path, OFlag::O_RDONLY | OFlag::O_NONBLOCK).map_err(|source| {

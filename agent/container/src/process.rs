@@ -1,11 +1,13 @@
 //! A process of a container, as the container's creator holds it.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
 use crate::control::{Channel, Command, Report};
-use crate::kernel_calls::pidfd_send_signal;
+use crate::kernel_calls::{pidfd_send_signal, set_terminal_size};
 
 /// A process that exists. Every method may be called from several threads at
 /// once, and none waits for another: a start can hang for as long as a file
@@ -21,6 +23,8 @@ pub struct Process {
     start: Mutex<Option<Channel>>,
     /// Until it is taken.
     console: Mutex<Option<OwnedFd>>,
+    /// The same master again, to be resized whoever has taken the other.
+    terminal: Mutex<Option<OwnedFd>>,
 }
 
 /// Why a process's program was not started. The process is gone, or about to be:
@@ -69,19 +73,43 @@ pub enum SignalError {
     },
 }
 
+/// Why a terminal was not resized.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// There is none.
+    #[error("the process has no terminal")]
+    NoTerminal,
+    /// The kernel refused.
+    #[error("cannot set the size of the terminal")]
+    Set(#[source] io::Error),
+}
+
 impl Process {
-    pub(crate) fn new(
+    /// Fails when descriptors run out.
+    pub(crate) fn try_new(
         pid: i32,
         pidfd: OwnedFd,
         channel: Channel,
         console: Option<OwnedFd>,
-    ) -> Self {
-        Self {
+    ) -> io::Result<Self> {
+        let terminal = console.as_ref().map(OwnedFd::try_clone).transpose()?;
+        Ok(Self {
             pid,
             pidfd,
             start: Mutex::new(Some(channel)),
             console: Mutex::new(console),
-        }
+            terminal: Mutex::new(terminal),
+        })
+    }
+
+    pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Whether it has ended, reaped or not.
+    pub(crate) fn has_ended(&self) -> bool {
+        let mut end = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        poll(&mut end, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
     /// Its pid in the PID namespace of the container's creator.
@@ -137,10 +165,24 @@ impl Process {
         })
     }
 
+    /// Sets the size of its terminal in characters; the processes in its
+    /// foreground get a `SIGWINCH`.
+    ///
+    /// # Errors
+    /// Of which [`ResizeError::NoTerminal`] is the caller's.
+    pub fn resize_terminal(&self, rows: u16, columns: u16) -> Result<(), ResizeError> {
+        let terminal = self.terminal.lock();
+        let terminal = terminal.unwrap_or_else(PoisonError::into_inner);
+        let master = terminal.as_ref().ok_or(ResizeError::NoTerminal)?;
+        set_terminal_size(master.as_fd(), rows, columns).map_err(ResizeError::Set)
+    }
+
     /// Gives up what is held for it: nobody will start it or use its terminal.
-    pub(crate) fn let_go(&self) {
+    /// One that was never started ends.
+    pub fn let_go(&self) {
         drop(take(&self.start));
         drop(take(&self.console));
+        drop(take(&self.terminal));
     }
 }
 

@@ -4,7 +4,8 @@
 
 use std::path::{Component, Path};
 
-use oci_spec::runtime::{Hooks, Linux, Process, Spec};
+use oci_spec::runtime::{Hooks, Linux, LinuxResources, Process, Spec};
+use serde::de::DeserializeOwned;
 
 use crate::{cgroup, namespaces, rootfs, seccomp, sysctl};
 
@@ -46,48 +47,72 @@ const NOT_YET: &str = "not supported yet";
 /// Also for a field that nobody here knows: it may be one of a newer
 /// specification, and skipping it would drop what the caller relies on.
 pub fn parse(json: &[u8]) -> Result<Spec, ParseError> {
+    parse_below("", json)
+}
+
+/// Reads `process` of an OCI runtime configuration.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_process(json: &[u8]) -> Result<Process, ParseError> {
+    parse_below("process.", json)
+}
+
+/// Reads `linux.resources` of an OCI runtime configuration.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_resources(json: &[u8]) -> Result<LinuxResources, ParseError> {
+    parse_below("linux.resources.", json)
+}
+
+/// Reads what `place` in the configuration holds.
+fn parse_below<T: DeserializeOwned>(place: &str, json: &[u8]) -> Result<T, ParseError> {
     let mut unknown = None;
     let mut deserializer = serde_json::Deserializer::from_slice(json);
-    let spec: Spec = serde_ignored::deserialize(&mut deserializer, |path| {
+    let value = serde_ignored::deserialize(&mut deserializer, |path| {
         unknown.get_or_insert_with(|| path.to_string());
     })
     .map_err(ParseError::Json)?;
     deserializer.end().map_err(ParseError::Json)?;
     match unknown {
-        Some(field) => Err(Unsupported::new(field.replace(".?", ""), "is not known").into()),
-        None => Ok(spec),
+        Some(field) => {
+            let field = format!("{place}{}", field.replace(".?", ""));
+            Err(Unsupported::new(field, "is not known").into())
+        }
+        None => Ok(value),
     }
 }
 
 /// Accepted without effect: there is no such mechanism in the guest, and
 /// clients set them without being asked.
 pub fn warnings(spec: &Spec) -> Vec<String> {
-    let process = spec.process().as_ref();
-    let text = |value: Option<&String>| value.is_some_and(|value| !value.is_empty());
-    let mut warnings: Vec<_> = [
-        (
-            "process.apparmorProfile",
-            process.and_then(|process| process.apparmor_profile().as_ref()),
-        ),
-        (
-            "process.selinuxLabel",
-            process.and_then(|process| process.selinux_label().as_ref()),
-        ),
-        (
-            "linux.mountLabel",
-            spec.linux()
-                .as_ref()
-                .and_then(|linux| linux.mount_label().as_ref()),
-        ),
-    ]
-    .into_iter()
-    .filter(|(_, value)| text(*value))
-    .map(|(field, _)| format!("{field} has no effect in the guest"))
-    .collect();
+    let mut warnings = spec.process().as_ref().map_or(Vec::new(), process_warnings);
+    let label = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.mount_label().as_ref());
+    warnings.extend(no_effect("linux.mountLabel", label));
     if let Ok(Some(warning)) = rootfs::check_devices(spec) {
         warnings.push(warning);
     }
     warnings
+}
+
+/// As [`warnings`], of `process` alone.
+pub fn process_warnings(process: &Process) -> Vec<String> {
+    let profile = process.apparmor_profile().as_ref();
+    let label = process.selinux_label().as_ref();
+    no_effect("process.apparmorProfile", profile)
+        .into_iter()
+        .chain(no_effect("process.selinuxLabel", label))
+        .collect()
+}
+
+fn no_effect(field: &str, value: Option<&String>) -> Option<String> {
+    value
+        .filter(|value| !value.is_empty())
+        .map(|_| format!("{field} has no effect in the guest"))
 }
 
 /// The first of `fields` that is set.
@@ -167,7 +192,8 @@ fn absolute(field: &str, path: &Path) -> Result<(), Unsupported> {
     ))
 }
 
-fn validate_process(process: &Process) -> Result<(), Unsupported> {
+/// Checks, as [`validate`], `process` alone.
+pub fn validate_process(process: &Process) -> Result<(), Unsupported> {
     let set = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
     refuse_first([
         (

@@ -45,7 +45,7 @@ fn failed(step: &'static str) -> impl Fn(io::Error) -> TerminalError {
 }
 
 impl Terminal {
-    /// Allocates a terminal and puts it at `/dev/console`.
+    /// Allocates a terminal of the size and for the user that `process` names.
     pub fn open(tree: &Tree, process: &Process) -> Result<Self, TerminalError> {
         let master = tree
             .open_device(Path::new("/dev/pts/ptmx"))
@@ -63,13 +63,17 @@ impl Terminal {
         }
         nix::unistd::fchown(&slave, Some(Uid::from_raw(process.user().uid())), None)
             .map_err(|errno| failed("chown")(errno.into()))?;
+        Ok(Self { master, slave })
+    }
+
+    /// Mounts it at `/dev/console`, as the terminal of an init.
+    pub fn put_at_console(&self, tree: &Tree) -> Result<(), TerminalError> {
         let console = tree
             .make_file(Path::new("/dev/console"))
             .map_err(|errno| failed("make /dev/console for")(errno.into()))?;
-        clone_mount(slave.as_fd(), false)
+        clone_mount(self.slave.as_fd(), false)
             .and_then(|mount| attach_mount(mount.as_fd(), console.as_fd()))
-            .map_err(failed("mount at /dev/console"))?;
-        Ok(Self { master, slave })
+            .map_err(failed("mount at /dev/console"))
     }
 
     /// Makes it the controlling terminal of the caller's new session; returns

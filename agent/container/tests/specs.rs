@@ -1,7 +1,7 @@
 //! Which specifications are accepted: what the clients make by default, as the
 //! shim passes it on; and which single changes are refused, by which name.
 
-use agent_container::{ParseError, Unsupported, parse, validate};
+use agent_container::{ParseError, Unsupported, parse, parse_process, parse_resources, validate};
 use serde_json::{Value, json};
 
 const CLIENTS: [(&str, &str); 5] = [
@@ -305,4 +305,28 @@ fn parse_what_is_no_specification_is_an_error() {
             "{json}"
         );
     }
+}
+
+#[test]
+fn parse_part_of_a_specification_names_fields_from_its_root() {
+    let process = br#"{"user": {"uid": 0, "gid": 0}, "cwd": "/", "user2": 1}"#;
+    let resources = br#"{"memory": {"limit": 1, "limits": 2}}"#;
+    for (refused, field) in [
+        (parse_process(process).err(), "process.user2"),
+        (
+            parse_resources(resources).err(),
+            "linux.resources.memory.limits",
+        ),
+    ] {
+        match refused {
+            Some(ParseError::Unsupported(refused)) => assert_eq!(refused.field, field),
+            other => panic!("{field}: {other:?}"),
+        }
+    }
+    let deep = "[".repeat(100_000);
+    for text in ["", "null", "[]", "{}x", deep.as_str(), "\u{0}"] {
+        assert!(parse_process(text.as_bytes()).is_err(), "{text:.9}");
+    }
+    let deep = format!("{{\"x\": {deep}");
+    assert!(parse_resources(deep.as_bytes()).is_err());
 }

@@ -11,6 +11,7 @@ const BPF_PROG_ATTACH: libc::c_long = 8;
 const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const BPF_CGROUP_DEVICE: u32 = 6;
 const BPF_F_ALLOW_MULTI: u32 = 2;
+const BPF_F_REPLACE: u32 = 4;
 
 /// `struct bpf_insn`.
 #[repr(C)]
@@ -50,6 +51,7 @@ struct AttachAttributes {
     attach_bpf_fd: u32,
     attach_type: u32,
     attach_flags: u32,
+    replace_bpf_fd: u32,
 }
 
 fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long> {
@@ -88,14 +90,26 @@ pub fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
-/// Attaches a loaded program for the cgroup's whole life. Programs of its
+/// Attaches a loaded program until the cgroup's end or until it is replaced; in
+/// one step in the place of `instead_of`, which was attached. Programs of its
 /// parents keep their say.
-pub fn attach(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>) -> io::Result<()> {
+pub fn attach(
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+    instead_of: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    let number = |descriptor: BorrowedFd<'_>| descriptor.as_raw_fd().cast_unsigned();
+    let replace = if instead_of.is_some() {
+        BPF_F_REPLACE
+    } else {
+        0
+    };
     let mut attributes = AttachAttributes {
-        target_fd: cgroup.as_raw_fd().cast_unsigned(),
-        attach_bpf_fd: program.as_raw_fd().cast_unsigned(),
+        target_fd: number(cgroup),
+        attach_bpf_fd: number(program),
         attach_type: BPF_CGROUP_DEVICE,
-        attach_flags: BPF_F_ALLOW_MULTI,
+        attach_flags: BPF_F_ALLOW_MULTI | replace,
+        replace_bpf_fd: instead_of.map_or(0, number),
     };
     bpf(BPF_PROG_ATTACH, &mut attributes).map(drop)
 }

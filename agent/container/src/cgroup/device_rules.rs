@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, LinuxResources};
@@ -166,17 +166,32 @@ pub fn allows_every_device(resources: Option<&LinuxResources>) -> bool {
     })
 }
 
-/// Attaches the program of the rules to a cgroup.
-pub fn enforce(cgroup: &Path, resources: Option<&LinuxResources>) -> Result<(), CgroupError> {
-    let failed = |source| CgroupError::Devices {
+fn failed(cgroup: &Path) -> impl Fn(io::Error) -> CgroupError {
+    move |source| CgroupError::Devices {
         path: cgroup.to_owned(),
         source,
-    };
-    let mut rules = rules(resources).map_err(|refused| failed(io::Error::other(refused)))?;
+    }
+}
+
+/// Loads the program of the rules, for a cgroup; it decides nothing yet.
+pub fn load(cgroup: &Path, resources: &LinuxResources) -> Result<OwnedFd, CgroupError> {
+    let failed = failed(cgroup);
+    let rules = rules(Some(resources)).map_err(|refused| failed(io::Error::other(refused)));
+    let mut rules = rules?;
     rules.extend(ALWAYS_ALLOWED);
-    let program = device_program::load(&compile(&rules)).map_err(failed)?;
-    let directory = File::open(cgroup).map_err(failed)?;
-    device_program::attach(program.as_fd(), directory.as_fd()).map_err(failed)
+    device_program::load(&compile(&rules)).map_err(failed)
+}
+
+/// Attaches a program to a cgroup, in one step in the place of another if there
+/// is one.
+pub fn attach(
+    cgroup: &Path,
+    program: &OwnedFd,
+    instead_of: Option<BorrowedFd<'_>>,
+) -> Result<(), CgroupError> {
+    let failed = failed(cgroup);
+    let directory = File::open(cgroup).map_err(&failed)?;
+    device_program::attach(program.as_fd(), directory.as_fd(), instead_of).map_err(failed)
 }
 
 // Opcodes: linux/bpf.h and linux/bpf_common.h.
@@ -205,7 +220,7 @@ fn instruction(code: u8, destination: u8, offset: i16, immediate: u32) -> Instru
     }
 }
 
-fn load(destination: u8, offset: i16) -> Instruction {
+fn load_word(destination: u8, offset: i16) -> Instruction {
     Instruction {
         registers: destination | (CONTEXT << 4),
         ..instruction(LOAD_WORD, destination, offset, 0)
@@ -223,12 +238,12 @@ fn answer(allow: bool) -> [Instruction; 2] {
 /// last rule about it that matches must allow it.
 fn compile(rules: &[Rule]) -> Vec<Instruction> {
     let mut program = vec![
-        load(TYPE, CONTEXT_ACCESS_TYPE),
+        load_word(TYPE, CONTEXT_ACCESS_TYPE),
         instruction(AND, TYPE, 0, 0xffff),
-        load(ACCESS, CONTEXT_ACCESS_TYPE),
+        load_word(ACCESS, CONTEXT_ACCESS_TYPE),
         instruction(SHIFT_RIGHT, ACCESS, 0, 16),
-        load(MAJOR, CONTEXT_MAJOR),
-        load(MINOR, CONTEXT_MINOR),
+        load_word(MAJOR, CONTEXT_MAJOR),
+        load_word(MINOR, CONTEXT_MINOR),
     ];
     for access in [ACCESS_MKNOD, ACCESS_READ, ACCESS_WRITE] {
         let pass = compile_pass(rules, access);

@@ -33,12 +33,48 @@ impl Setting {
 
 /// Every setting but the limit on processes. What cannot be set was refused by [`check`].
 pub fn settings(resources: Option<&LinuxResources>) -> Vec<Setting> {
-    let Some(resources) = resources else {
-        return Vec::new();
-    };
+    resources.map_or(Vec::new(), |resources| settings_with(resources, "max"))
+}
+
+/// Every setting, that on processes included, of a cgroup that is in use; `value`
+/// tells what its files hold.
+pub fn update_settings(
+    resources: &LinuxResources,
+    value: &dyn Fn(&str) -> Option<String>,
+) -> Vec<Setting> {
+    // The first word of cpu.max, of which the second is the period.
+    let first_word = |text: String| text.split(' ').next().map(str::to_owned);
+    let quota = value("cpu.max").and_then(first_word);
+    let mut settings = settings_with(resources, quota.as_deref().unwrap_or("max"));
+    settings.extend(process_setting(Some(resources)));
+    // What is raised comes before what is lowered: less memory with the old swap
+    // could kill, and a quota below the old burst is refused.
+    for (limit, beside) in [
+        ("memory.max", "memory.swap.max"),
+        ("cpu.max", "cpu.max.burst"),
+    ] {
+        let place = |file: &str| settings.iter().position(|setting| setting.file == file);
+        if let (Some(first), Some(second)) = (place(limit), place(beside)) {
+            let before = value(limit).map_or(u64::MAX, |text| amount(&text));
+            if first < second && amount(&settings[first].value) < before {
+                settings.swap(first, second);
+            }
+        }
+    }
+    settings
+}
+
+/// The first word as a number; `max` is the largest.
+fn amount(text: &str) -> u64 {
+    let word = text.split(' ').next().unwrap_or_default();
+    word.parse().unwrap_or(u64::MAX)
+}
+
+/// `kept_quota` is that of cpu.max when only the period is named.
+fn settings_with(resources: &LinuxResources, kept_quota: &str) -> Vec<Setting> {
     let mut settings = Vec::new();
     if let Some(cpu) = resources.cpu() {
-        settings.extend(cpu_settings(cpu));
+        settings.extend(cpu_settings(cpu, kept_quota));
     }
     if let Some(memory) = resources.memory() {
         settings.extend(memory_settings(memory));
@@ -66,7 +102,7 @@ pub fn process_setting(resources: Option<&LinuxResources>) -> Option<Setting> {
     }
 }
 
-fn cpu_settings(cpu: &LinuxCpu) -> Vec<Setting> {
+fn cpu_settings(cpu: &LinuxCpu, kept_quota: &str) -> Vec<Setting> {
     let mut settings = Vec::new();
     if let Some(shares) = cpu.shares().filter(|shares| *shares != 0) {
         settings.push(Setting::new("cpu.weight", &cpu_weight(shares)));
@@ -74,10 +110,10 @@ fn cpu_settings(cpu: &LinuxCpu) -> Vec<Setting> {
     if let Some(idle) = cpu.idle() {
         settings.push(Setting::new("cpu.idle", &idle));
     }
-    let quota = cpu.quota().filter(|quota| *quota > 0);
+    let quota = cpu.quota().filter(|quota| *quota != 0);
     let period = cpu.period().filter(|period| *period != 0);
-    if cpu.quota().is_some_and(|quota| quota != 0) || period.is_some() {
-        let quota = quota.map_or_else(|| "max".to_owned(), |quota| quota.to_string());
+    if quota.is_some() || period.is_some() {
+        let quota = quota.map_or_else(|| kept_quota.to_owned(), or_max);
         settings.push(match period {
             Some(period) => Setting::new("cpu.max", &format!("{quota} {period}")),
             None => Setting::new("cpu.max", &quota),
@@ -121,6 +157,8 @@ fn memory_settings(memory: &LinuxMemory) -> Vec<Setting> {
     let swap = match (memory.swap().filter(|swap| *swap != 0), limit) {
         (Some(swap), _) if swap < 0 => Some("max".to_owned()),
         (Some(swap), Some(limit)) if limit > 0 => Some((swap - limit).to_string()),
+        // As with cgroup version 1, where the one could not be without the other.
+        (None, Some(limit)) if limit < 0 => Some("max".to_owned()),
         _ => None,
     };
     if let Some(swap) = swap {
@@ -371,6 +409,31 @@ mod tests {
             written(json!({"memory": {"limit": -1, "swap": -1}})),
             pairs(&[("memory.max", "max"), ("memory.swap.max", "max")])
         );
+    }
+
+    #[test]
+    fn update_settings_raise_before_they_lower() {
+        let files = |value: Value, before: &str| {
+            let before = before.to_owned();
+            let resources = resources(value);
+            let settings = update_settings(&resources, &|_| Some(before.clone()));
+            let files = settings.into_iter().map(|setting| setting.file);
+            files.collect::<Vec<_>>()
+        };
+        let memory = json!({"memory": {"limit": 1000, "swap": 1500}});
+        let raised = ["memory.max", "memory.swap.max"];
+        assert_eq!(files(memory.clone(), "500"), raised);
+        assert_eq!(
+            files(memory.clone(), "2000"),
+            ["memory.swap.max", "memory.max"]
+        );
+        assert_eq!(files(memory, "max"), ["memory.swap.max", "memory.max"]);
+        let cpu = json!({"cpu": {"quota": 1000, "burst": 500}});
+        assert_eq!(
+            files(cpu.clone(), "2000 100000"),
+            ["cpu.max.burst", "cpu.max"]
+        );
+        assert_eq!(files(cpu, "500 100000"), ["cpu.max", "cpu.max.burst"]);
     }
 
     #[test]

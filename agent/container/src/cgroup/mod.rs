@@ -2,13 +2,16 @@
 
 mod device_program;
 mod device_rules;
+mod figures;
 mod limits;
+mod update;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -16,11 +19,15 @@ use oci_spec::runtime::LinuxResources;
 
 use crate::kernel_calls;
 pub use device_rules::allows_every_device;
+pub use figures::{DeviceFigures, Figures, HugePages, Keyed, Pressure, Waiting, oom_kills};
 pub use limits::check as check_resources;
 
 /// How long killed processes may take to end. A process in an uninterruptible
 /// wait (a hung file server) takes longer; delete can then be tried again.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long processes may take to be frozen.
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What failed with a cgroup.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +82,12 @@ pub enum CgroupError {
         /// Its directory.
         path: PathBuf,
     },
+    /// Its processes do not stop, for instance in a wait for a hung file server.
+    #[error("processes of cgroup {path} did not freeze within {} s", FREEZE_TIMEOUT.as_secs())]
+    NotFrozen {
+        /// Its directory.
+        path: PathBuf,
+    },
     /// It cannot be removed.
     #[error("cannot remove cgroup {path}")]
     Remove {
@@ -91,6 +104,10 @@ pub enum CgroupError {
 pub struct Cgroup {
     root: PathBuf,
     path: PathBuf,
+    /// Held by whoever freezes or thaws it.
+    freezing: Mutex<()>,
+    /// The program that decides about devices, once it is attached.
+    devices: Mutex<Option<OwnedFd>>,
 }
 
 impl Cgroup {
@@ -102,12 +119,9 @@ impl Cgroup {
         relative: &Path,
         resources: Option<&LinuxResources>,
     ) -> Result<Self, CgroupError> {
-        let cgroup = Self {
-            root: root.to_owned(),
-            path: root.join(relative),
-        };
+        let cgroup = Self::new(root, relative);
         let result = cgroup.create_directories(relative).and_then(|()| {
-            device_rules::enforce(&cgroup.path, resources)?;
+            cgroup.limit_devices(resources)?;
             for setting in limits::settings(resources) {
                 cgroup.apply(&setting)?;
             }
@@ -127,6 +141,24 @@ impl Cgroup {
                 Err(error)
             }
         }
+    }
+
+    fn new(root: &Path, relative: &Path) -> Self {
+        Self {
+            root: root.to_owned(),
+            path: root.join(relative),
+            freezing: Mutex::default(),
+            devices: Mutex::default(),
+        }
+    }
+
+    fn limit_devices(&self, resources: Option<&LinuxResources>) -> Result<(), CgroupError> {
+        let none = LinuxResources::default();
+        let program = device_rules::load(&self.path, resources.unwrap_or(&none))?;
+        device_rules::attach(&self.path, &program, None)?;
+        let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        *devices = Some(program);
+        Ok(())
     }
 
     fn create_directories(&self, relative: &Path) -> Result<(), CgroupError> {
@@ -177,6 +209,74 @@ impl Cgroup {
             })
     }
 
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// `cgroup.procs` of a cgroup, open for writing.
+    pub fn open_procs(directory: &Path) -> Result<OwnedFd, CgroupError> {
+        let path = directory.join("cgroup.procs");
+        match OpenOptions::new().write(true).open(&path) {
+            Ok(file) => Ok(file.into()),
+            Err(source) => Err(CgroupError::Read { path, source }),
+        }
+    }
+
+    /// The cgroup, this or one below, that a process is in.
+    pub fn find_process(&self, pid: i32) -> Result<Option<PathBuf>, CgroupError> {
+        let mut found = None;
+        visit(&self.path, &mut |directory| {
+            if read_pids(&directory.join("cgroup.procs"))?.contains(&pid) {
+                found = Some(directory.to_owned());
+            }
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    /// Stops every process and returns when the last one has; what cannot be
+    /// stopped in time makes all go on again.
+    pub fn freeze(&self) -> Result<(), CgroupError> {
+        let _one_at_a_time = self.freezing.lock();
+        self.set_frozen(true)?;
+        match self.wait_for("frozen 1", Instant::now() + FREEZE_TIMEOUT) {
+            Ok(true) => Ok(()),
+            Ok(false) => {
+                self.set_frozen(false)?;
+                Err(CgroupError::NotFrozen {
+                    path: self.path.clone(),
+                })
+            }
+            Err(error) => {
+                // The first error is the one to tell.
+                let _ = self.set_frozen(false);
+                Err(error)
+            }
+        }
+    }
+
+    /// Lets every process go on.
+    pub fn thaw(&self) -> Result<(), CgroupError> {
+        let _one_at_a_time = self.freezing.lock();
+        self.set_frozen(false)
+    }
+
+    fn set_frozen(&self, frozen: bool) -> Result<(), CgroupError> {
+        let value = if frozen { "1" } else { "0" };
+        write_file(&self.path.join("cgroup.freeze"), value)
+    }
+
+    /// Whether it is frozen or about to be.
+    pub fn is_frozen(&self) -> Result<bool, CgroupError> {
+        let path = self.path.join("cgroup.freeze");
+        match fs::read_to_string(&path) {
+            Ok(text) => Ok(text.trim() == "1"),
+            Err(source) if gone(&source) => Ok(false),
+            Err(source) => Err(CgroupError::Read { path, source }),
+        }
+    }
+
     /// Every process in it and below, in the caller's PID namespace. Empty when it is gone.
     pub fn pids(&self) -> Result<Vec<i32>, CgroupError> {
         let mut pids = Vec::new();
@@ -215,18 +315,19 @@ impl Cgroup {
     /// root that are empty then. Idempotent.
     pub fn remove(&self) -> Result<(), CgroupError> {
         let deadline = Instant::now() + KILL_TIMEOUT;
-        self.signal(libc::SIGKILL)?;
-        self.wait_until_empty(deadline)?;
-        let remove = |path: &Path| match fs::remove_dir(path) {
-            Err(source) if !gone(&source) => Err(CgroupError::Remove {
-                path: path.to_owned(),
-                source,
-            }),
-            _ => Ok(()),
-        };
-        visit(&self.path, &mut |directory| remove(directory))?;
-        self.remove_empty_parents();
-        Ok(())
+        loop {
+            self.signal(libc::SIGKILL)?;
+            self.wait_until_empty(deadline)?;
+            match visit(&self.path, &mut remove_directory) {
+                // An exec that was being made has joined since, to die with its namespace.
+                Err(CgroupError::Remove { source, .. })
+                    if source.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {}
+                removed => {
+                    self.remove_empty_parents();
+                    return removed;
+                }
+            }
+        }
     }
 
     fn remove_empty_parents(&self) {
@@ -241,13 +342,24 @@ impl Cgroup {
     }
 
     fn wait_until_empty(&self, deadline: Instant) -> Result<(), CgroupError> {
+        if self.wait_for("populated 0", deadline)? {
+            return Ok(());
+        }
+        Err(CgroupError::Busy {
+            path: self.path.clone(),
+        })
+    }
+
+    /// Waits for a line of `cgroup.events`; `false` when it did not come. A
+    /// cgroup that is gone has every line.
+    fn wait_for(&self, line: &str, deadline: Instant) -> Result<bool, CgroupError> {
         let path = self.path.join("cgroup.events");
         let failed = |source| CgroupError::Read {
             path: path.clone(),
             source,
         };
         let mut file = match File::open(&path) {
-            Err(source) if gone(&source) => return Ok(()),
+            Err(source) if gone(&source) => return Ok(true),
             file => file.map_err(failed)?,
         };
         loop {
@@ -257,20 +369,28 @@ impl Cgroup {
                 .rewind()
                 .and_then(|()| file.read_to_string(&mut events))
             {
-                Err(source) if gone(&source) => return Ok(()),
+                Err(source) if gone(&source) => return Ok(true),
                 result => result.map_err(failed)?,
             };
-            if events.lines().any(|line| line == "populated 0") {
-                return Ok(());
+            if events.lines().any(|one| one == line) {
+                return Ok(true);
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(CgroupError::Busy {
-                    path: self.path.clone(),
-                });
+                return Ok(false);
             }
             wait_for_event(file.as_fd(), left).map_err(failed)?;
         }
+    }
+}
+
+fn remove_directory(path: &Path) -> Result<(), CgroupError> {
+    match fs::remove_dir(path) {
+        Err(source) if !gone(&source) => Err(CgroupError::Remove {
+            path: path.to_owned(),
+            source,
+        }),
+        _ => Ok(()),
     }
 }
 
@@ -332,6 +452,7 @@ fn read_pids(path: &Path) -> Result<Vec<i32>, CgroupError> {
 fn write_file(path: &Path, value: &str) -> Result<(), CgroupError> {
     OpenOptions::new()
         .write(true)
+        .truncate(true)
         .custom_flags(libc::O_CLOEXEC)
         .open(path)
         .and_then(|mut file| file.write_all(value.as_bytes()))

@@ -9,7 +9,10 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
-use agent_container::{Container, ContainerStdio, CreateError, CreateOptions, create, parse};
+use agent_container::{
+    Container, ContainerStdio, CreateError, CreateOptions, ExecError, Process, create, parse,
+    parse_process,
+};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -187,6 +190,47 @@ impl Host {
         };
         self.create_with(id, spec, stdio)
             .map(|container| (container, File::from(reader)))
+    }
+
+    /// The process of a specification of [`Self::spec`], with other commands.
+    pub fn process(spec: &Value, lines: &[&str]) -> Value {
+        let mut process = spec["process"].clone();
+        let mut args = vec!["/payload"];
+        args.extend(lines);
+        process["args"] = json!(args);
+        process
+    }
+
+    /// Creates a process in a container whose output is read from the returned file.
+    pub fn exec(
+        container: &Container,
+        process: &Value,
+    ) -> Result<(Process, File, Vec<String>), ExecError> {
+        let (reader, writer) = pipe();
+        let (stdin, end) = pipe();
+        drop(end);
+        let stdio = ContainerStdio::Streams {
+            stdin,
+            stdout: writer.try_clone().unwrap(),
+            stderr: writer,
+        };
+        let process = parse_process(process.to_string().as_bytes()).unwrap();
+        let (process, warnings) = container.exec(&process, stdio)?;
+        Ok((process, File::from(reader), warnings))
+    }
+
+    /// Runs a process in a container to its end.
+    pub fn run_exec(container: &Container, process: &Value) -> Outcome {
+        let (process, mut reader, warnings) =
+            Self::exec(container, process).unwrap_or_else(|error| panic!("{error}"));
+        process.start().unwrap_or_else(|error| panic!("{error}"));
+        let mut output = String::new();
+        reader.read_to_string(&mut output).unwrap();
+        Outcome {
+            output,
+            status: wait(process.pid()),
+            warnings,
+        }
     }
 
     /// The error that creating must end with.

@@ -128,6 +128,17 @@ fn run(line: &str) -> Result<String, std::io::Error> {
             std::io::stdin().read_to_string(&mut text)?;
             text
         }
+        ["echo-line"] => {
+            let mut text = String::new();
+            std::io::stdin().read_line(&mut text)?;
+            text
+        }
+        ["count"] => {
+            for number in 0_u64.. {
+                println!("{number}");
+            }
+            unreachable!()
+        }
         ["fork-forever", count] => {
             for _ in 0..count.parse::<u32>().unwrap() {
                 if unsafe { fork() } == 0 {

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 
-use agent_container::{CreateError, StartError};
+use agent_container::{CreateError, ExecError, StartError};
 use serde_json::{Value, json};
 
 use crate::fixture::{Host, read_until, wait};
@@ -197,4 +197,47 @@ pub fn delete_never_started(host: &Host) {
     // Its cgroup outlives a container that was dropped instead of deleted.
     fs::remove_dir(host.cgroup_root.join("group/b")).unwrap();
     fs::remove_dir(host.cgroup_root.join("group")).unwrap();
+}
+
+pub fn pause_and_resume(host: &Host) {
+    let mut spec = host.spec("a", &["count", "sleep"]);
+    spec["process"]["args"] = json!(["/payload", "count"]);
+    let (container, mut reader) = host.create("a", &spec).unwrap();
+    container.init().start().unwrap();
+    read_until(&mut reader, "1\n");
+    assert!(!container.is_paused().unwrap());
+    container.pause().unwrap();
+    container.pause().unwrap();
+    assert!(container.is_paused().unwrap());
+    // Once it has printed what it was about to, nothing more comes.
+    let flags = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK);
+    nix::fcntl::fcntl(&reader, flags).unwrap();
+    let mut rest = Vec::new();
+    let blocked = reader.read_to_end(&mut rest).unwrap_err();
+    assert_eq!(blocked.kind(), std::io::ErrorKind::WouldBlock);
+    let events = host.cgroup_root.join("group/a/cgroup.events");
+    let events = fs::read_to_string(events).unwrap();
+    assert!(events.contains("frozen 1"), "{events}");
+    assert!(reader.read(&mut [0]).is_err());
+    let exec = Host::exec(&container, &Host::process(&spec, &["exit 0"]));
+    assert!(matches!(exec, Err(ExecError::Paused)));
+
+    container.resume().unwrap();
+    container.resume().unwrap();
+    let flags = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty());
+    nix::fcntl::fcntl(&reader, flags).unwrap();
+    read_until(&mut reader, "\n");
+    // What is paused can be killed.
+    container.pause().unwrap();
+    container.init().signal(libc::SIGKILL).unwrap();
+    assert_eq!(wait(container.init().pid()).signal(), Some(libc::SIGKILL));
+    container.delete().unwrap();
+
+    let (container, mut reader) = host.create("a", &spec).unwrap();
+    container.init().start().unwrap();
+    read_until(&mut reader, "1\n");
+    container.pause().unwrap();
+    container.delete().unwrap();
+    assert_eq!(wait(container.init().pid()).signal(), Some(libc::SIGKILL));
+    assert!(!container.is_paused().unwrap());
 }

@@ -1,5 +1,6 @@
 //! What a user of a container would notice.
 
+mod exec;
 mod files;
 mod lifecycle;
 mod process;
@@ -9,7 +10,7 @@ use crate::fixture::Host;
 
 type Case = fn(&Host);
 
-pub const ALL: [(&str, Case); 32] = [
+pub const ALL: [(&str, Case); 42] = [
     ("run_exit_code_is_the_programs", process::run_exit_code),
     (
         "run_streams_connect_and_nothing_else_is_open",
@@ -113,5 +114,45 @@ pub const ALL: [(&str, Case); 32] = [
     (
         "delete_never_started_leaves_nothing",
         lifecycle::delete_never_started,
+    ),
+    (
+        "exec_is_in_the_containers_namespaces_and_cgroup",
+        exec::exec_joins,
+    ),
+    (
+        "exec_identity_is_its_own_or_the_containers",
+        exec::exec_identity,
+    ),
+    (
+        "exec_is_under_the_containers_seccomp_filter",
+        exec::exec_seccomp,
+    ),
+    (
+        "exec_terminal_is_controlling_sized_and_resized",
+        exec::exec_terminal,
+    ),
+    (
+        "exec_that_cannot_be_is_refused_and_leaves_nothing",
+        exec::exec_refusals,
+    ),
+    (
+        "exec_without_a_running_init_is_refused",
+        exec::exec_needs_a_running_container,
+    ),
+    (
+        "exec_ends_with_its_container",
+        exec::exec_ends_with_its_container,
+    ),
+    (
+        "pause_stops_all_that_runs_until_resume_or_kill",
+        lifecycle::pause_and_resume,
+    ),
+    (
+        "figures_are_told_until_the_deletion",
+        resources::figures_until_deleted,
+    ),
+    (
+        "update_replaces_device_rules_and_limits",
+        resources::update_devices_and_limits,
     ),
 ];

@@ -296,7 +296,7 @@ pub fn run_search(host: &Host) {
 }
 
 /// The profile of the `nerdctl` specification.
-fn profile() -> Value {
+pub fn profile() -> Value {
     let spec: Value = serde_json::from_str(include_str!("../../testdata/nerdctl.json")).unwrap();
     spec["linux"]["seccomp"].clone()
 }

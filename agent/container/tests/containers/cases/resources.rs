@@ -1,8 +1,9 @@
 //! The cgroup and the devices.
 
+use agent_container::{Figures, UpdateError, parse_resources};
 use serde_json::{Value, json};
 
-use crate::fixture::Host;
+use crate::fixture::{Host, read_until, wait};
 
 fn cgroup_mount() -> Value {
     json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
@@ -96,4 +97,70 @@ pub fn run_privileged(host: &Host) {
         outcome.warnings,
         ["linux.devices: left out 2 devices of the host, which the guest does not have"]
     );
+}
+
+pub fn figures_until_deleted(host: &Host) {
+    let spec = host.spec("a", &["exit 0"]);
+    let (container, _reader) = host.create("a", &spec).unwrap();
+    container.init().start().unwrap();
+    wait(container.init().pid());
+    let used = container.figures().unwrap();
+    assert!(used.cpu.of("usage_usec") > 0, "{used:?}");
+    if host.has_controller("memory") {
+        assert!(used.memory_peak > 0, "{used:?}");
+    }
+    if host.has_controller("pids") {
+        assert_eq!(used.pids, 0);
+    }
+    assert_eq!(container.oom_kills().unwrap(), 0);
+    container.delete().unwrap();
+    assert_eq!(container.figures().unwrap(), Figures::default());
+}
+
+pub fn update_devices_and_limits(host: &Host) {
+    let spec = host.spec("a", &["mknod /dev/fuse2 10 229", "sleep"]);
+    let (container, mut reader) = host.create("a", &spec).unwrap();
+    container.init().start().unwrap();
+    read_until(&mut reader, "made");
+    let line = "append /dev/fuse2";
+    let open = || {
+        let outcome = Host::run_exec(&container, &Host::process(&spec, &[line]));
+        outcome.of(line).to_owned()
+    };
+    let update = |resources: Value| {
+        let resources = parse_resources(resources.to_string().as_bytes()).unwrap();
+        container.update(&resources)
+    };
+    let denied = format!("error {}", libc::EPERM);
+    let allow = json!({"allow": true, "type": "c", "major": 10, "minor": 229, "access": "rw"});
+    assert_eq!(open(), denied);
+    // Up and down, twice: what replaces can be replaced.
+    for _ in 0..2 {
+        update(json!({"devices": [allow]})).unwrap();
+        assert_ne!(open(), denied);
+        update(json!({"devices": [{"allow": false, "access": "rwm"}]})).unwrap();
+        assert_eq!(open(), denied);
+    }
+    update(json!({"devices": [allow]})).unwrap();
+    // An update that says nothing of devices leaves them.
+    update(json!({"devices": []})).unwrap();
+    update(json!({})).unwrap();
+    assert_ne!(open(), denied);
+    if host.has_controller("pids") {
+        update(json!({"pids": {"limit": 8}})).unwrap();
+        assert_eq!(container.figures().unwrap().pids_limit, 8);
+        update(json!({"pids": {"limit": -1}})).unwrap();
+        assert_eq!(container.figures().unwrap().pids_limit, u64::MAX);
+    }
+    let refused =
+        update(json!({"blockIO": {"weight": 10}, "devices": [{"allow": false, "access": "rwm"}]}));
+    let refused = refused.unwrap_err();
+    assert!(matches!(refused, UpdateError::Unsupported(_)));
+    assert!(
+        refused.to_string().starts_with("linux.resources.blockIO"),
+        "{refused}"
+    );
+    assert_ne!(open(), denied);
+    container.delete().unwrap();
+    wait(container.init().pid());
 }
