@@ -6,7 +6,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::api::ForwardRequest;
-use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskExit, TaskStart};
+use containerd_shim_protos::events::task::{
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused,
+    TaskResumed, TaskStart,
+};
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::topics;
@@ -38,8 +41,18 @@ pub enum Event {
     Create(TaskCreate),
     /// Its program runs.
     Start(TaskStart),
-    /// Its program has ended.
+    /// A further process was created in it.
+    ExecAdded(TaskExecAdded),
+    /// That process's program runs.
+    ExecStarted(TaskExecStarted),
+    /// The program of one of its processes has ended.
     Exit(TaskExit),
+    /// The OOM killer has ended a process of it.
+    Oom(TaskOOM),
+    /// It is paused.
+    Paused(TaskPaused),
+    /// It runs again.
+    Resumed(TaskResumed),
     /// It was deleted.
     Delete(TaskDelete),
 }
@@ -49,7 +62,12 @@ impl Event {
         match self {
             Self::Create(_) => topics::TASK_CREATE_EVENT_TOPIC,
             Self::Start(_) => topics::TASK_START_EVENT_TOPIC,
+            Self::ExecAdded(_) => topics::TASK_EXEC_ADDED_EVENT_TOPIC,
+            Self::ExecStarted(_) => topics::TASK_EXEC_STARTED_EVENT_TOPIC,
             Self::Exit(_) => topics::TASK_EXIT_EVENT_TOPIC,
+            Self::Oom(_) => topics::TASK_OOM_EVENT_TOPIC,
+            Self::Paused(_) => topics::TASK_PAUSED_EVENT_TOPIC,
+            Self::Resumed(_) => topics::TASK_RESUMED_EVENT_TOPIC,
             Self::Delete(_) => topics::TASK_DELETE_EVENT_TOPIC,
         }
     }
@@ -58,7 +76,12 @@ impl Event {
         match self {
             Self::Create(event) => any(event),
             Self::Start(event) => any(event),
+            Self::ExecAdded(event) => any(event),
+            Self::ExecStarted(event) => any(event),
             Self::Exit(event) => any(event),
+            Self::Oom(event) => any(event),
+            Self::Paused(event) => any(event),
+            Self::Resumed(event) => any(event),
             Self::Delete(event) => any(event),
         }
     }

@@ -16,6 +16,9 @@ pub struct Exit {
     pub at_ns: i64,
     /// Why it ended with its pod, for the container's standard error.
     pub last_words: Option<String>,
+    /// How many of the container's processes the guest's OOM killer had ended
+    /// by then.
+    pub oom_kills: u64,
 }
 
 /// Where a task stands, as clients see it.
@@ -25,6 +28,8 @@ pub enum State {
     Created,
     /// Its program runs.
     Running,
+    /// Its program would run, but for the client.
+    Paused,
     /// Its program has ended.
     Stopped,
 }
@@ -34,6 +39,10 @@ pub enum State {
 pub enum Announcement {
     /// It runs.
     Started,
+    /// It is held.
+    Paused,
+    /// It runs again.
+    Resumed,
     /// It has ended.
     Exited(Exit),
 }
@@ -53,6 +62,15 @@ pub enum WrongState {
     /// Anything on a task that is being deleted.
     #[error("it is being deleted")]
     Deleting,
+    /// A further process in a task that has not been started, or pausing it.
+    #[error("it is not running: start it first")]
+    NotRunning,
+    /// A further process in a task that is paused, or pausing it again.
+    #[error("it is paused: resume it first")]
+    Paused,
+    /// Resuming a task that is not paused.
+    #[error("it is not paused")]
+    NotPaused,
     /// A signal to a task that has ended.
     #[error("its process has already finished")]
     Finished,
@@ -64,6 +82,7 @@ enum Phase {
     /// Executed perhaps; the agent has not answered yet.
     Starting,
     Running,
+    Paused,
     Stopped,
     /// On its way out, from created or stopped.
     Deleting,
@@ -95,6 +114,7 @@ impl Lifecycle {
     pub fn state(&self) -> State {
         match self.phase {
             Phase::Running => State::Running,
+            Phase::Paused => State::Paused,
             Phase::Stopped => State::Stopped,
             Phase::Deleting if self.exit.is_some() => State::Stopped,
             Phase::Created | Phase::Starting | Phase::Deleting => State::Created,
@@ -105,7 +125,7 @@ impl Lifecycle {
     pub fn exit(&self) -> Option<&Exit> {
         match self.phase {
             Phase::Stopped | Phase::Deleting => self.exit.as_ref(),
-            Phase::Created | Phase::Starting | Phase::Running => None,
+            Phase::Created | Phase::Starting | Phase::Running | Phase::Paused => None,
         }
     }
 
@@ -121,7 +141,7 @@ impl Lifecycle {
                 self.phase = Phase::Starting;
                 Ok(())
             }
-            Phase::Starting | Phase::Running => Err(WrongState::StartedBefore),
+            Phase::Starting | Phase::Running | Phase::Paused => Err(WrongState::StartedBefore),
             Phase::Stopped => Err(WrongState::Ended),
             Phase::Deleting => Err(WrongState::Deleting),
         }
@@ -163,7 +183,7 @@ impl Lifecycle {
                 .map(Announcement::Exited)
                 .into_iter()
                 .collect(),
-            Phase::Created | Phase::Running | Phase::Stopped => {
+            Phase::Created | Phase::Running | Phase::Paused | Phase::Stopped => {
                 self.stop_if_ended().into_iter().collect()
             }
         }
@@ -172,10 +192,49 @@ impl Lifecycle {
     /// A signal was asked for.
     pub fn check_signal(&self) -> Result<(), WrongState> {
         match self.phase {
-            Phase::Created | Phase::Starting | Phase::Running => Ok(()),
+            Phase::Created | Phase::Starting | Phase::Running | Phase::Paused => Ok(()),
             Phase::Stopped => Err(WrongState::Finished),
             Phase::Deleting => Err(WrongState::Deleting),
         }
+    }
+
+    /// A further process beside it, or a pause, was asked for.
+    pub fn check_running(&self) -> Result<(), WrongState> {
+        match self.phase {
+            Phase::Running => Ok(()),
+            Phase::Paused => Err(WrongState::Paused),
+            Phase::Created | Phase::Starting => Err(WrongState::NotRunning),
+            Phase::Stopped => Err(WrongState::Ended),
+            Phase::Deleting => Err(WrongState::Deleting),
+        }
+    }
+
+    /// The guest holds it. Nothing to tell if it has ended over it.
+    pub fn paused(&mut self) -> Vec<Announcement> {
+        if self.phase != Phase::Running {
+            return Vec::new();
+        }
+        self.phase = Phase::Paused;
+        vec![Announcement::Paused]
+    }
+
+    /// Resuming was asked for.
+    pub fn check_resume(&self) -> Result<(), WrongState> {
+        match self.phase {
+            Phase::Paused => Ok(()),
+            Phase::Created | Phase::Starting | Phase::Running => Err(WrongState::NotPaused),
+            Phase::Stopped => Err(WrongState::Ended),
+            Phase::Deleting => Err(WrongState::Deleting),
+        }
+    }
+
+    /// The guest lets it run again.
+    pub fn resumed(&mut self) -> Vec<Announcement> {
+        if self.phase != Phase::Paused {
+            return Vec::new();
+        }
+        self.phase = Phase::Running;
+        vec![Announcement::Resumed]
     }
 
     /// Delete was asked for.
@@ -185,7 +244,7 @@ impl Lifecycle {
                 self.phase = Phase::Deleting;
                 Ok(())
             }
-            Phase::Starting | Phase::Running => Err(WrongState::Running),
+            Phase::Starting | Phase::Running | Phase::Paused => Err(WrongState::Running),
             Phase::Deleting => Err(WrongState::Deleting),
         }
     }
@@ -218,6 +277,7 @@ mod tests {
             status,
             at_ns: 1,
             last_words: None,
+            oom_kills: 0,
         }
     }
 
@@ -258,12 +318,32 @@ mod tests {
         assert_eq!(task.begin_delete(), Ok(()));
     }
 
+    #[test]
+    fn pause_is_told_once_and_ends_with_the_task() {
+        let mut task = Lifecycle::new();
+        assert_eq!(task.check_running(), Err(WrongState::NotRunning));
+        task.begin_start().expect("starts");
+        assert_eq!(task.paused(), []);
+        task.started();
+        assert_eq!(task.check_resume(), Err(WrongState::NotPaused));
+        assert_eq!(task.paused(), [Announcement::Paused]);
+        assert_eq!(task.paused(), []);
+        assert_eq!(task.check_running(), Err(WrongState::Paused));
+        assert_eq!(task.resumed(), [Announcement::Resumed]);
+        task.paused();
+        assert_eq!(task.exited(exit(137)), [Announcement::Exited(exit(137))]);
+        assert_eq!(task.resumed(), []);
+        assert_eq!(task.state(), State::Stopped);
+    }
+
     #[derive(Clone, Copy, Debug)]
     enum Step {
         BeginStart,
         Started,
         StartFailed,
         Exited(u32),
+        Paused,
+        Resumed,
         BeginDelete,
         DeleteFailed,
     }
@@ -274,6 +354,8 @@ mod tests {
             Just(Step::Started),
             Just(Step::StartFailed),
             (0u32..256).prop_map(Step::Exited),
+            Just(Step::Paused),
+            Just(Step::Resumed),
             Just(Step::BeginDelete),
             Just(Step::DeleteFailed),
         ];
@@ -296,9 +378,12 @@ mod tests {
                         first_exit.get_or_insert(status);
                         told.extend(task.exited(exit(status)));
                     }
+                    Step::Paused => told.extend(task.paused()),
+                    Step::Resumed => told.extend(task.resumed()),
                     Step::BeginDelete => {
                         let deleted = task.begin_delete().is_ok();
-                        prop_assert!(!deleted || before != State::Running);
+                        let runs = matches!(before, State::Running | State::Paused);
+                        prop_assert!(!deleted || !runs);
                     }
                     Step::DeleteFailed => task.delete_failed(),
                 }
@@ -309,7 +394,7 @@ mod tests {
             let starts = told.iter().filter(|told| **told == Announcement::Started).count();
             let exits: Vec<_> = told.iter().filter_map(|told| match told {
                 Announcement::Exited(exit) => Some(exit.status),
-                Announcement::Started => None,
+                Announcement::Started | Announcement::Paused | Announcement::Resumed => None,
             }).collect();
             prop_assert!(starts <= 1 && exits.len() <= 1);
             if let Some(status) = exits.first() {

@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use agent_protocol::api::stream_header::Kind;
 use agent_protocol::api::{
-    AdjustTimeRequest, CreateContainerRequest, CreatePodRequest, DeleteProcessRequest,
-    HelloRequest, ProcessId, ShutdownRequest, SignalProcessRequest, StartProcessRequest, Stdio,
-    StreamHeader, WaitProcessRequest,
+    AdjustTimeRequest, ContainerStatsRequest, CreateContainerRequest, CreatePodRequest,
+    DeleteProcessRequest, ExecProcessRequest, HelloRequest, Metrics, PauseContainerRequest,
+    ProcessId, ResizeTerminalRequest, ResumeContainerRequest, ShutdownRequest,
+    SignalProcessRequest, StartProcessRequest, Stdio, StreamHeader, UpdateContainerRequest,
+    WaitProcessRequest,
 };
 use agent_protocol::service::AgentClient;
 use agent_protocol::{
@@ -108,13 +110,6 @@ pub struct Agent {
     vsock: Vsock,
 }
 
-fn init_of(container_id: &str) -> MessageField<ProcessId> {
-    MessageField::some(ProcessId {
-        container_id: container_id.to_owned(),
-        ..ProcessId::default()
-    })
-}
-
 fn bounded(timeout: Duration) -> Context {
     context::with_timeout(i64::try_from(timeout.as_nanos()).unwrap_or(i64::MAX))
 }
@@ -198,44 +193,86 @@ impl Agent {
         .map(drop)
     }
 
-    /// Lets a container's init execute the user's program.
-    pub async fn start(&self, id: &str) -> Result<(), Error> {
+    /// Creates a process in a container up to the point where it waits.
+    pub async fn exec(
+        &self,
+        process: &ProcessId,
+        process_json: Vec<u8>,
+        stdio: Stdio,
+    ) -> Result<(), Error> {
+        let request = ExecProcessRequest {
+            process: MessageField::some(process.clone()),
+            process_json,
+            stdio: MessageField::some(stdio),
+            ..ExecProcessRequest::default()
+        };
+        call(
+            "create the process in the guest",
+            self.client.exec_process(bounded(CALL_TIMEOUT), &request),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Sets the size of a process's terminal in characters.
+    pub async fn resize_terminal(
+        &self,
+        process: &ProcessId,
+        width: u32,
+        height: u32,
+    ) -> Result<(), Error> {
+        let request = ResizeTerminalRequest {
+            process: MessageField::some(process.clone()),
+            width,
+            height,
+            ..ResizeTerminalRequest::default()
+        };
+        call(
+            "resize the terminal",
+            self.client.resize_terminal(bounded(CALL_TIMEOUT), &request),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Lets a process execute the user's program.
+    pub async fn start(&self, process: &ProcessId) -> Result<(), Error> {
         let request = StartProcessRequest {
-            process: init_of(id),
+            process: MessageField::some(process.clone()),
             ..StartProcessRequest::default()
         };
         call(
-            "start the container's program",
+            "start the program",
             self.client.start_process(bounded(CALL_TIMEOUT), &request),
         )
         .await
         .map(drop)
     }
 
-    /// Sends a signal to a container's init, or to all its processes.
-    pub async fn signal(&self, id: &str, signal: u32, all: bool) -> Result<(), Error> {
+    /// Sends a signal to a process, or, by its init, to all of a container's.
+    pub async fn signal(&self, process: &ProcessId, signal: u32, all: bool) -> Result<(), Error> {
         let request = SignalProcessRequest {
-            process: init_of(id),
+            process: MessageField::some(process.clone()),
             signal,
             all,
             ..SignalProcessRequest::default()
         };
         call(
-            "signal the container",
+            "signal the process",
             self.client.signal_process(bounded(CALL_TIMEOUT), &request),
         )
         .await
         .map(drop)
     }
 
-    /// Waits for a container's init to end, however long that takes.
-    pub async fn wait(&self, id: &str) -> Result<Exit, Error> {
+    /// Waits for a process to end, however long that takes.
+    pub async fn wait(&self, process: &ProcessId) -> Result<Exit, Error> {
         let request = WaitProcessRequest {
-            process: init_of(id),
+            process: MessageField::some(process.clone()),
             ..WaitProcessRequest::default()
         };
         let answer = call(
-            "wait for the container",
+            "wait for the process",
             self.client.wait_process(Context::default(), &request),
         )
         .await?;
@@ -243,21 +280,87 @@ impl Agent {
             status: answer.exit_status,
             at_ns: answer.exited_at_ns,
             last_words: None,
+            oom_kills: answer.oom_kills,
         })
     }
 
-    /// Ends what is left of a container, writes its files back, unmounts it.
-    pub async fn delete(&self, id: &str) -> Result<(), Error> {
+    /// Ends a process and forgets it. For an init: ends what is left of its
+    /// container, writes its files back, unmounts it.
+    pub async fn delete(&self, process: &ProcessId) -> Result<(), Error> {
         let request = DeleteProcessRequest {
-            process: init_of(id),
+            process: MessageField::some(process.clone()),
             ..DeleteProcessRequest::default()
         };
         call(
-            "delete the container in the guest",
+            "delete the process in the guest",
             self.client.delete_process(bounded(CALL_TIMEOUT), &request),
         )
         .await
         .map(drop)
+    }
+
+    /// Stops every process of a container and writes its files back, however
+    /// long that takes: after half of it nobody would know where it stands.
+    pub async fn pause(&self, container_id: &str) -> Result<(), Error> {
+        let request = PauseContainerRequest {
+            container_id: container_id.to_owned(),
+            ..PauseContainerRequest::default()
+        };
+        call(
+            "pause the container",
+            self.client.pause_container(Context::default(), &request),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Lets every process of a container run again.
+    pub async fn resume(&self, container_id: &str) -> Result<(), Error> {
+        let request = ResumeContainerRequest {
+            container_id: container_id.to_owned(),
+            ..ResumeContainerRequest::default()
+        };
+        call(
+            "resume the container",
+            self.client
+                .resume_container(bounded(CALL_TIMEOUT), &request),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Changes limits of a container: `linux.resources` as JSON.
+    pub async fn update(
+        &self,
+        container_id: &str,
+        linux_resources_json: Vec<u8>,
+    ) -> Result<(), Error> {
+        let request = UpdateContainerRequest {
+            container_id: container_id.to_owned(),
+            linux_resources_json,
+            ..UpdateContainerRequest::default()
+        };
+        call(
+            "change the container's limits",
+            self.client
+                .update_container(bounded(CALL_TIMEOUT), &request),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// What a container uses and is limited to, also after its end.
+    pub async fn stats(&self, container_id: &str) -> Result<Metrics, Error> {
+        let request = ContainerStatsRequest {
+            container_id: container_id.to_owned(),
+            ..ContainerStatsRequest::default()
+        };
+        call(
+            "read what the container uses",
+            self.client.container_stats(bounded(CALL_TIMEOUT), &request),
+        )
+        .await
+        .map(|answer| answer.metrics.unwrap_or_default())
     }
 
     /// Moves the guest's clock by `adjust_ns` and returns what it showed before.
@@ -285,10 +388,10 @@ impl Agent {
         .map(drop)
     }
 
-    /// Opens one stdio stream of a container's init.
-    pub async fn open_stream(&self, id: &str, kind: Kind) -> Result<UnixStream, Error> {
+    /// Opens one stdio stream of a process.
+    pub async fn open_stream(&self, process: &ProcessId, kind: Kind) -> Result<UnixStream, Error> {
         let header = encode_stream_header(&StreamHeader {
-            process: init_of(id),
+            process: MessageField::some(process.clone()),
             kind: EnumOrUnknown::new(kind),
             ..StreamHeader::default()
         })?;

@@ -1,34 +1,31 @@
 //! One container of a pod, which is one task of containerd's.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use agent_protocol::api::stream_header::Kind as StreamKind;
-use containerd_shim_protos::events::task::{TaskExit, TaskStart};
+use agent_protocol::api::{CpuStat, MemoryStat, Metrics, PidsStat, ProcessId};
+use containerd_shim_protos::events::task::TaskExecAdded;
 use protobuf::MessageField;
-use tokio::sync::{OnceCell, watch};
-use tracing::{info, warn};
+use tokio::time::{Instant, timeout, timeout_at};
+use tracing::warn;
 
+use super::execs::Execs;
 use super::host_side::HostSide;
-use super::{EXPLAIN_TIMEOUT, Error, Pod, blocking, chain, log_hooks};
-use crate::events::{Event, Events, now_ns, timestamp};
+use super::process::{
+    CallError, DRAIN_TIMEOUT, EXIT_TIMEOUT, ExecRefusal, ExecRequest, Process, killed_exit,
+    lost_exit,
+};
+use super::{Error, Pod, blocking, chain, log_hooks};
+use crate::events::{Event, Events, now_ns};
 use crate::host;
 use crate::host::deadline::Deadline;
 use crate::host::mounts::{Access, Mount, RootFs};
-use crate::host::pod::{ContainerRequest, ExitRecord};
+use crate::host::pod::ContainerRequest;
 use crate::spec::{GuestSpec, HostView, Membership, Volumes};
-use crate::stdio::{Opened, Plan, Streams};
-use crate::task::{Announcement, Exit, Lifecycle, WrongState};
-
-/// How long the last output may wait for a slow reader at Delete.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a container that the agent has deleted may take to be reported
-/// ended.
-const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Exit status for what ended with its pod, as containerd's own for a lost shim.
-const LOST_STATUS: u32 = 255;
+use crate::stdio::{Io, Opened, Plan};
+use crate::task::{Exit, Lifecycle, WrongState};
 
 const SIGINT: u32 = libc::SIGINT.unsigned_abs();
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
@@ -43,7 +40,9 @@ pub struct Request {
     pub bundle: PathBuf,
     /// The mounts of its root file system; empty when it is mounted already.
     pub mounts: Vec<Mount>,
-    /// Where its streams go.
+    /// Its streams, as the client named them.
+    pub io: Io,
+    /// Where these streams go.
     pub plan: Plan,
 }
 
@@ -74,18 +73,15 @@ enum Behind {
 /// One container.
 #[derive(Debug)]
 pub struct Container {
-    id: String,
-    pid: u32,
+    init: Arc<Process>,
+    execs: Execs,
     behind: Behind,
     /// Whether the pod is there for it alone.
     is_alone: bool,
-    life: Mutex<Lifecycle>,
-    exit: watch::Sender<Option<Exit>>,
-    streams: OnceCell<Streams>,
     /// Held while `poststart` or `poststop` run, in this order.
     hooks: tokio::sync::Mutex<()>,
-    /// Held while its end is written down: the first that is told counts.
-    ending: tokio::sync::Mutex<()>,
+    /// Held while it is paused or resumed.
+    pausing: tokio::sync::Mutex<()>,
     /// How often the guest has failed to delete it.
     failed_deletions: AtomicU32,
 }
@@ -108,20 +104,17 @@ impl Container {
         };
         let is_alone = host_view.membership == Membership::Alone;
         let id = request.id.clone();
-        let plan = request.plan.clone();
+        let (io, plan) = (request.io.clone(), request.plan.clone());
         let created = async {
             let (pid, spec_json) =
                 Self::create_on_host(pod, request, host_view, guest_spec).await?;
             let container = Self {
-                id: id.clone(),
-                pid,
+                init: Arc::new(Process::new(init_of(&id), pid, io)),
+                execs: Execs::default(),
                 behind,
                 is_alone,
-                life: Mutex::new(Lifecycle::new()),
-                exit: watch::Sender::new(None),
-                streams: OnceCell::new(),
                 hooks: tokio::sync::Mutex::default(),
-                ending: tokio::sync::Mutex::default(),
+                pausing: tokio::sync::Mutex::default(),
                 failed_deletions: AtomicU32::new(0),
             };
             let agent = pod.agent().await?;
@@ -130,10 +123,7 @@ impl Container {
                 let wanted = opened.wanted();
                 pod.explain(agent.create_container(&id, spec_json, wanted).await)
                     .await?;
-                let connect = |kind: StreamKind| agent.open_stream(&container.id, kind);
-                let connected = opened.connect(connect, &container.exit.subscribe()).await;
-                // Set once, here, before anybody else has the container.
-                let _ = container.streams.set(pod.explain(connected).await?);
+                container.init.connect(pod, agent, opened).await?;
             }
             Ok(container)
         }
@@ -167,7 +157,7 @@ impl Container {
                     guest_spec.into_json(&mut PodVolumes(host))?
                 }
             };
-            let pid = host.start_stand_in(&id)?;
+            let pid = host.start_stand_in(&init_of(&id))?;
             let hooks = host.create_runtime_hooks(&id)?;
             Ok((pid, spec_json, hooks))
         };
@@ -184,13 +174,13 @@ impl Container {
 
     /// Takes back all of it, unstarted and unseen: nobody wants it any more.
     pub async fn discard(&self, pod: &Pod) {
-        Self::undo(pod, &self.id).await;
+        Self::undo(pod, self.id()).await;
     }
 
     /// Takes back what [`Container::create`] has done before it failed.
     async fn undo(pod: &Pod, id: &str) {
         if let Some(agent) = pod.agent_now()
-            && let Err(error) = agent.delete(id).await
+            && let Err(error) = agent.delete(&init_of(id)).await
         {
             warn!(id, "a container that failed stays in the guest: {error}");
         }
@@ -220,12 +210,33 @@ impl Container {
 
     /// Its id.
     pub fn id(&self) -> &str {
-        &self.id
+        &self.init.id().container_id
     }
 
-    /// Its stand-in's pid.
+    /// Its init.
+    pub fn init(&self) -> &Arc<Process> {
+        &self.init
+    }
+
+    /// Its init's stand-in's pid.
     pub fn pid(&self) -> u32 {
-        self.pid
+        self.init.pid()
+    }
+
+    /// The process of an id; its init, when that is empty.
+    pub fn process(&self, exec_id: &str) -> Option<Arc<Process>> {
+        if exec_id.is_empty() {
+            Some(Arc::clone(&self.init))
+        } else {
+            self.execs.find(exec_id)
+        }
+    }
+
+    /// Its processes, init first, also those that have ended.
+    pub fn processes(&self) -> Vec<Arc<Process>> {
+        let mut processes = vec![Arc::clone(&self.init)];
+        processes.extend(self.execs.all());
+        processes
     }
 
     /// Whether it stands for the pod itself.
@@ -233,143 +244,108 @@ impl Container {
         self.behind == Behind::Pause
     }
 
-    /// Where it stands.
-    pub fn life(&self) -> MutexGuard<'_, Lifecycle> {
-        self.life.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until it has ended.
-    pub async fn wait(&self) -> Exit {
-        let mut exit = self.exit.subscribe();
-        // The sender lives in `self`: this cannot fail.
-        let exit = exit
-            .wait_for(Option::is_some)
-            .await
-            .map(|exit| exit.clone());
-        exit.ok().flatten().unwrap_or_else(|| lost_exit(None))
-    }
-
-    /// Makes a transition and publishes what it announces, as one step.
-    fn announce(
-        &self,
-        events: &Events,
-        transition: impl FnOnce(&mut Lifecycle) -> Vec<Announcement>,
-    ) {
-        let mut life = self.life();
-        for announcement in transition(&mut life) {
-            match announcement {
-                Announcement::Started => events.publish(&Event::Start(TaskStart {
-                    container_id: self.id.clone(),
-                    pid: self.pid,
-                    ..TaskStart::default()
-                })),
-                Announcement::Exited(exit) => {
-                    info!(
-                        id = self.id,
-                        status = exit.status,
-                        "the container has ended"
-                    );
-                    events.publish(&Event::Exit(TaskExit {
-                        container_id: self.id.clone(),
-                        id: self.id.clone(),
-                        pid: self.pid,
-                        exit_status: exit.status,
-                        exited_at: MessageField::some(timestamp(exit.at_ns)),
-                        ..TaskExit::default()
-                    }));
-                    self.exit.send_replace(Some(exit));
-                }
-            }
-        }
-    }
-
-    /// Waits in the guest for the program's end. A connection that breaks is
-    /// the pod's end, which is told to every container by its watcher.
+    /// Waits in the guest for the program's end, and tells it.
     pub async fn watch(&self, pod: &Pod, events: &Events) {
         let Behind::Guest { own_pid_namespace } = self.behind else {
             return;
         };
-        let Some(agent) = pod.agent_now() else {
+        let Some(exit) = self.init.exit_in_guest(pod).await else {
             return;
         };
-        match agent.wait(&self.id).await {
-            Ok(exit) => {
-                if !own_pid_namespace {
-                    // What init leaves behind would hold the streams open.
-                    let _ = agent.signal(&self.id, SIGKILL, true).await;
-                }
-                self.end(pod, events, exit).await;
-            }
-            Err(error) if error.code().is_some() => {
-                warn!(id = self.id, "{error}");
-                self.end(pod, events, lost_exit(Some(chain(&error)))).await;
-            }
-            Err(error) => {
-                // A VM that ends takes its connections with it, and tells why
-                // only then.
-                let ended = tokio::time::timeout(EXPLAIN_TIMEOUT, pod.machine().ended());
-                if ended.await.is_err() {
-                    pod.machine()
-                        .stop(format!("the guest's agent is gone: {}", chain(&error)));
-                }
-            }
+        if !own_pid_namespace && let Some(agent) = pod.agent_now() {
+            // What init leaves behind would hold the streams open.
+            let _ = agent.signal(self.init.id(), SIGKILL, true).await;
         }
+        self.end(pod, events, exit).await;
     }
 
-    /// Its program has ended, or its pod with it. Only the first call counts.
-    pub async fn end(&self, pod: &Pod, events: &Events, exit: Exit) {
-        let _one_at_a_time = self.ending.lock().await;
-        // Or the end of the pod would overwrite on record how it ended.
-        if self.life().has_ended() {
-            return;
-        }
-        let record = ExitRecord {
-            status: exit.status,
-            exited_at_ns: exit.at_ns,
-        };
-        let id = self.id.clone();
-        let on_host = pod.on_host(move |host| {
-            host.end_stand_in(&id)?;
-            host.record_exit(&id, record)
-        });
-        match on_host.await {
-            Ok(None | Some(Ok(()))) => {}
-            Ok(Some(Err(error))) => warn!(id = self.id, "{}", chain(&error)),
-            Err(error) => warn!(id = self.id, "{}", chain(&error)),
-        }
-        self.announce(events, |life| life.exited(exit));
+    /// Its program has ended. Only the first call counts.
+    async fn end(&self, pod: &Pod, events: &Events, exit: Exit) {
+        let execs_first = self.end_execs(pod, events, None);
+        self.init.end_after(pod, events, exit, execs_first).await;
     }
 
     /// Its pod's VM has ended under it.
     pub async fn lose(&self, pod: &Pod, events: &Events, reason: &str) {
-        self.end(pod, events, lost_exit(Some(reason.to_owned())))
-            .await;
+        let execs_first = self.end_execs(pod, events, Some(reason));
+        let exit = lost_exit(Some(reason.to_owned()));
+        self.init.end_after(pod, events, exit, execs_first).await;
+    }
+
+    /// Sees to it that the end of every exec is told, and that none is added.
+    /// They end with init: the guest says how, unless the pod was `lost`.
+    async fn end_execs(&self, pod: &Pod, events: &Events, lost: Option<&str>) {
+        let execs = self.execs.close();
+        if let Some(reason) = lost {
+            for exec in &execs {
+                let exit = lost_exit(Some(reason.to_owned()));
+                exec.end(pod, events, exit).await;
+            }
+        }
+        let deadline = Instant::now() + EXIT_TIMEOUT;
+        for exec in execs {
+            // Also one whose start is being asked for: that is told first.
+            if timeout_at(deadline, exec.wait()).await.is_err() {
+                exec.end(pod, events, killed_exit()).await;
+            }
+        }
+    }
+
+    /// Creates a process in it, up to the point where its program waits to be
+    /// started, and tells it.
+    pub async fn exec(
+        &self,
+        pod: &Pod,
+        events: &Events,
+        request: ExecRequest,
+        namespace: &str,
+    ) -> Result<Arc<Process>, CallError> {
+        self.check_is_guest()?;
+        let id = self.id().to_owned();
+        self.init.life().check_running()?;
+        let exec_id = request.exec_id.clone();
+        let Some(reservation) = self.execs.reserve(&exec_id) else {
+            return Err(ExecRefusal::Exists { id, exec_id }.into());
+        };
+        let exec = Process::create_exec(pod, &id, request, namespace).await?;
+        let exec = Arc::new(exec);
+        let added = Event::ExecAdded(TaskExecAdded {
+            container_id: id,
+            exec_id,
+            ..TaskExecAdded::default()
+        });
+        if !reservation.fulfil(&exec, || events.publish(&added)) {
+            exec.discard(pod).await;
+            return Err(WrongState::Ended.into());
+        }
+        Ok(exec)
+    }
+
+    /// Takes an exec down, and returns how it ended. The pod stays.
+    pub async fn remove_exec(
+        &self,
+        exec: &Process,
+        pod: &Pod,
+        events: &Events,
+    ) -> Result<Exit, Error> {
+        let exit = exec.remove_exec(pod, events).await?;
+        self.execs.remove(&exec.id().exec_id);
+        Ok(exit)
     }
 
     /// Lets the program run.
     pub async fn start(&self, pod: &Pod, events: &Events) -> Result<(), CallError> {
-        self.life().begin_start()?;
+        self.init.life().begin_start()?;
         let _hooks = self.hooks.lock().await;
-        let started = match self.behind {
-            Behind::Pause => Ok(()),
-            Behind::Guest { .. } => match pod.agent().await {
-                Ok(agent) => pod.explain(agent.start(&self.id).await).await,
-                Err(error) => Err(error),
-            },
-        };
-        if let Err(error) = started {
-            self.announce(events, Lifecycle::start_failed);
-            return Err(error.into());
-        }
-        self.announce(events, Lifecycle::started);
-        if let Some(Err(error)) = self.streams.get().map(Streams::start_input) {
-            warn!(id = self.id, "{}", chain(&error));
+        match self.behind {
+            Behind::Pause => self.init.announce(events, Lifecycle::started),
+            Behind::Guest { .. } => self.init.execute(pod, events).await?,
         }
         self.run_poststart(pod).await.map_err(CallError::from)
     }
 
     async fn run_poststart(&self, pod: &Pod) -> Result<(), Error> {
-        let id = self.id.clone();
+        let id = self.id().to_owned();
         let hooks = pod.on_host(move |host| host.poststart_hooks(&id)).await?;
         if let Some(hooks) = hooks.transpose()? {
             let run = blocking(move || Ok(hooks.run_all(Deadline::NONE))).await?;
@@ -378,7 +354,7 @@ impl Container {
         Ok(())
     }
 
-    /// Sends a signal.
+    /// Sends a signal to its init, or to all its processes.
     pub async fn signal(
         &self,
         pod: &Pod,
@@ -386,14 +362,10 @@ impl Container {
         signal: u32,
         all: bool,
     ) -> Result<(), CallError> {
-        self.life().check_signal()?;
         match self.behind {
-            Behind::Guest { .. } => {
-                let agent = pod.agent().await?;
-                pod.explain(agent.signal(&self.id, signal, all).await)
-                    .await?;
-            }
+            Behind::Guest { .. } => self.init.signal(pod, signal, all).await,
             Behind::Pause => {
+                self.init.life().check_signal()?;
                 // As pause does it: it leaves on SIGTERM and SIGINT, and as an
                 // init it is deaf to what it has no handler for.
                 let status = match signal {
@@ -405,18 +377,81 @@ impl Container {
                     status,
                     at_ns: now_ns(),
                     last_words: None,
+                    oom_kills: 0,
                 };
                 self.end(pod, events, exit).await;
+                Ok(())
             }
         }
+    }
+
+    /// Holds all its processes, and has what it wrote written to the host.
+    pub async fn pause(&self, pod: &Pod, events: &Events) -> Result<(), CallError> {
+        self.check_is_guest()?;
+        let _one_at_a_time = self.pausing.lock().await;
+        self.init.life().check_running()?;
+        let agent = pod.agent().await?;
+        pod.explain(agent.pause(self.id()).await).await?;
+        self.init.announce(events, Lifecycle::paused);
         Ok(())
     }
 
-    /// Ends standard input.
-    pub fn close_stdin(&self) {
-        if let Some(streams) = self.streams.get() {
-            streams.close_stdin();
+    /// Lets its processes run again.
+    pub async fn resume(&self, pod: &Pod, events: &Events) -> Result<(), CallError> {
+        self.check_is_guest()?;
+        let _one_at_a_time = self.pausing.lock().await;
+        self.init.life().check_resume()?;
+        let agent = pod.agent().await?;
+        pod.explain(agent.resume(self.id()).await).await?;
+        self.init.announce(events, Lifecycle::resumed);
+        Ok(())
+    }
+
+    /// Changes its limits: `linux.resources` of the OCI runtime configuration.
+    pub async fn update(&self, pod: &Pod, linux_resources_json: Vec<u8>) -> Result<(), CallError> {
+        self.check_is_guest()?;
+        let agent = pod.agent().await?;
+        let updated = agent.update(self.id(), linux_resources_json);
+        Ok(pod.explain(updated.await).await?)
+    }
+
+    /// What it uses and is limited to, until it is deleted. Nothing of the
+    /// guest's, for the pod's sandbox.
+    pub async fn stats(&self, pod: &Pod) -> Result<Metrics, Error> {
+        match self.behind {
+            Behind::Guest { .. } => {
+                let agent = pod.agent().await?;
+                pod.explain(agent.stats(self.id()).await).await
+            }
+            // Clients read each of these parts without looking whether it is there.
+            Behind::Pause => Ok(Metrics {
+                pids: MessageField::some(PidsStat::default()),
+                cpu: MessageField::some(CpuStat::default()),
+                memory: MessageField::some(MemoryStat::default()),
+                ..Metrics::default()
+            }),
         }
+    }
+
+    fn check_is_guest(&self) -> Result<(), ExecRefusal> {
+        match self.behind {
+            Behind::Guest { .. } => Ok(()),
+            Behind::Pause => Err(ExecRefusal::Sandbox {
+                id: self.id().to_owned(),
+            }),
+        }
+    }
+
+    /// Sets the size of a process's terminal in characters.
+    pub async fn resize(
+        &self,
+        process: &Process,
+        pod: &Pod,
+        width: u32,
+        height: u32,
+    ) -> Result<(), CallError> {
+        self.check_is_guest()?;
+        process.resize(pod, width, height).await
     }
 
     /// Takes it down, in the guest and then on the host, and returns how it
@@ -426,31 +461,29 @@ impl Container {
         if self.behind != Behind::Pause
             && let Some(agent) = pod.agent_now()
         {
-            match pod.explain(agent.delete(&self.id).await).await {
+            match pod.explain(agent.delete(self.init.id()).await).await {
                 // Without a VM there is nothing left to delete in it.
                 Ok(()) | Err(Error::Ended { .. }) => {}
                 Err(error) => self.overrule(pod, error).await?,
             }
         }
-        let told = tokio::time::timeout(self.exit_timeout(), self.wait()).await;
+        let told = timeout(self.exit_timeout(), self.init.wait()).await;
         let exit = if let Ok(exit) = told {
             exit
         } else {
             // Created and never started: it ends by being deleted.
-            let exit = Exit {
-                status: 128 + SIGKILL,
-                at_ns: now_ns(),
-                last_words: None,
-            };
+            let exit = killed_exit();
             self.end(pod, events, exit.clone()).await;
             exit
         };
-        if let Some(streams) = self.streams.get() {
-            streams.drain(DRAIN_TIMEOUT).await;
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        for process in self.processes() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            process.drain(left).await;
         }
         // Not before `poststart` has run.
         let _hooks = self.hooks.lock().await;
-        Self::remove_from_host(pod, &self.id).await?;
+        Self::remove_from_host(pod, self.id()).await?;
         Ok(exit)
     }
 
@@ -463,7 +496,11 @@ impl Container {
         if self.failed_deletions.fetch_add(1, Ordering::Relaxed) == 0 {
             return Err(error);
         }
-        let reason = format!("it cannot delete container {}: {}", self.id, chain(&error));
+        let reason = format!(
+            "it cannot delete container {}: {}",
+            self.id(),
+            chain(&error)
+        );
         if self.is_alone {
             pod.stop(&reason).await;
             return Ok(());
@@ -471,9 +508,9 @@ impl Container {
         // Its siblings need the VM. Its files can be taken from it all the same
         // when none of its processes is left.
         if let Some(agent) = pod.agent_now() {
-            let _ = agent.signal(&self.id, SIGKILL, true).await;
+            let _ = agent.signal(self.init.id(), SIGKILL, true).await;
         }
-        let ended = tokio::time::timeout(EXIT_TIMEOUT, self.wait()).await;
+        let ended = timeout(EXIT_TIMEOUT, self.init.wait()).await;
         ended.map_err(|_| error)?;
         warn!("removing a container that stays in the guest: {reason}");
         Ok(())
@@ -488,23 +525,11 @@ impl Container {
     }
 }
 
-fn lost_exit(last_words: Option<String>) -> Exit {
-    Exit {
-        status: LOST_STATUS,
-        at_ns: now_ns(),
-        last_words,
+fn init_of(container_id: &str) -> ProcessId {
+    ProcessId {
+        container_id: container_id.to_owned(),
+        ..ProcessId::default()
     }
-}
-
-/// Why a call on a container failed.
-#[derive(Debug, thiserror::Error)]
-pub enum CallError {
-    /// It is not the time for it.
-    #[error(transparent)]
-    State(#[from] WrongState),
-    /// It did not work.
-    #[error(transparent)]
-    Pod(#[from] Error),
 }
 
 struct PodVolumes<'a>(&'a mut dyn HostSide);

@@ -4,6 +4,7 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use agent_protocol::api::ProcessId;
 use vmm_config::{Memory, Vcpus};
 
 use super::machine::Machine;
@@ -34,10 +35,10 @@ pub trait HostSide: Send + 'static {
     fn add_container(&mut self, request: ContainerRequest) -> Result<PathBuf, Error>;
     /// [`HostPod::add_volume`].
     fn add_volume(&mut self, source: &Path, access: Access) -> Result<PathBuf, Error>;
-    /// [`HostPod::start_stand_in`] for a container's init; returns its pid.
-    fn start_stand_in(&mut self, container_id: &str) -> Result<u32, Error>;
-    /// [`HostPod::end_stand_in`] for a container's init.
-    fn end_stand_in(&mut self, container_id: &str) -> Result<(), Error>;
+    /// [`HostPod::start_stand_in`]; returns its pid.
+    fn start_stand_in(&mut self, process: &ProcessId) -> Result<u32, Error>;
+    /// [`HostPod::end_stand_in`]. Idempotent.
+    fn end_stand_in(&mut self, process: &ProcessId) -> Result<(), Error>;
     /// [`HostPod::create_runtime_hooks`].
     fn create_runtime_hooks(&mut self, container_id: &str) -> Result<Batch, Error>;
     /// [`HostPod::poststart_hooks`].
@@ -87,7 +88,7 @@ pub fn maker(paths: PodPaths, lock: PodLock) -> Maker {
 struct Real {
     pod: HostPod,
     installation: Installation,
-    stand_ins: Vec<(String, StandIn)>,
+    stand_ins: Vec<StandIn>,
 }
 
 impl HostSide for Real {
@@ -115,16 +116,20 @@ impl HostSide for Real {
         self.pod.add_volume(source, access)
     }
 
-    fn start_stand_in(&mut self, container_id: &str) -> Result<u32, Error> {
-        let stand_in = self.pod.start_stand_in(container_id, None)?;
+    fn start_stand_in(&mut self, process: &ProcessId) -> Result<u32, Error> {
+        let exec_id = Some(process.exec_id.as_str()).filter(|id| !id.is_empty());
+        let stand_in = self.pod.start_stand_in(&process.container_id, exec_id)?;
         let pid = stand_in.pid();
-        self.stand_ins.push((container_id.to_owned(), stand_in));
+        self.stand_ins.push(stand_in);
         Ok(pid)
     }
 
-    fn end_stand_in(&mut self, container_id: &str) -> Result<(), Error> {
-        match self.stand_ins.iter().find(|(id, _)| id == container_id) {
-            Some((_, stand_in)) => self.pod.end_stand_in(stand_in),
+    fn end_stand_in(&mut self, process: &ProcessId) -> Result<(), Error> {
+        let stands_for_it = |stand_in: &StandIn| {
+            stand_in.container_id() == process.container_id && stand_in.exec_id() == process.exec_id
+        };
+        match self.stand_ins.iter().position(stands_for_it) {
+            Some(index) => self.pod.end_stand_in(&self.stand_ins.swap_remove(index)),
             None => Ok(()),
         }
     }
@@ -143,7 +148,8 @@ impl HostSide for Real {
 
     fn dismantle_container(&mut self, container_id: &str) -> Result<Option<Batch>, Error> {
         let poststop = self.pod.dismantle_container(container_id)?;
-        self.stand_ins.retain(|(id, _)| id != container_id);
+        self.stand_ins
+            .retain(|stand_in| stand_in.container_id() != container_id);
         Ok(poststop)
     }
 

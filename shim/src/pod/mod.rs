@@ -3,9 +3,11 @@
 pub mod agent;
 mod clock;
 pub mod container;
+mod execs;
 pub mod host_side;
 pub mod machine;
 mod printable;
+pub mod process;
 mod supervise;
 pub mod vsock;
 

@@ -4,7 +4,7 @@ use thiserror::Error;
 use ttrpc::Code;
 
 use crate::host::directory;
-use crate::pod::container::CallError;
+use crate::pod::process::{CallError, ExecRefusal};
 use crate::pod::{self, chain};
 use crate::stdio::PlanError;
 use crate::task::WrongState;
@@ -56,6 +56,9 @@ pub enum Error {
         /// Why it has.
         reason: String,
     },
+    /// A process that cannot be.
+    #[error(transparent)]
+    Exec(ExecRefusal),
     /// A container of another pod than this shim's.
     #[error("container {id} belongs to pod {wanted}, and this is the shim of pod {pod}")]
     OtherPod {
@@ -99,6 +102,7 @@ impl From<CallError> for Error {
         match error {
             CallError::State(state) => Self::State(state),
             CallError::Pod(error) => Self::Pod(error),
+            CallError::Exec(refusal) => Self::Exec(refusal),
         }
     }
 }
@@ -110,13 +114,17 @@ impl Error {
             Self::NoTask { .. } | Self::NoProcess { .. } | Self::State(WrongState::Finished) => {
                 Code::NOT_FOUND
             }
-            Self::Exists { .. } => Code::ALREADY_EXISTS,
+            Self::Exists { .. } | Self::Exec(ExecRefusal::Exists { .. }) => Code::ALREADY_EXISTS,
             Self::State(
                 WrongState::StartedBefore
                 | WrongState::Ended
+                | WrongState::NotRunning
+                | WrongState::Paused
+                | WrongState::NotPaused
                 | WrongState::Running
                 | WrongState::Deleting,
             )
+            | Self::Exec(ExecRefusal::Sandbox { .. })
             | Self::Abandoned { .. }
             | Self::NoPod { .. }
             | Self::PodOver { .. } => Code::FAILED_PRECONDITION,

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use agent_protocol::api::Metrics;
 use tokio::sync::Notify;
 use tracing::{info, warn};
 
@@ -21,6 +22,7 @@ use crate::host::directory::{self, PodPaths};
 use crate::pod::container::{Container, Request};
 use crate::pod::host_side::Maker;
 use crate::pod::machine::End;
+use crate::pod::process::{ExecRequest, Process};
 use crate::pod::{Pod, chain};
 use crate::spec::{self, GuestSpec, HostView, Membership};
 use crate::task::Exit;
@@ -32,21 +34,6 @@ pub struct Task {
     pub container: Container,
     /// Its bundle.
     pub bundle: PathBuf,
-    /// Its streams, as the client named them.
-    pub io: Io,
-}
-
-/// The strings of a request for standard streams.
-#[derive(Clone, Debug, Default)]
-pub struct Io {
-    /// FIFO of standard input.
-    pub stdin: String,
-    /// FIFO or URI of standard output.
-    pub stdout: String,
-    /// FIFO or URI of standard error.
-    pub stderr: String,
-    /// Whether it has a terminal.
-    pub terminal: bool,
 }
 
 /// A task's name in use.
@@ -132,6 +119,18 @@ impl Shim {
         }
     }
 
+    /// A task and a process of it that has been created: its init, when
+    /// `exec_id` is empty.
+    pub fn process(&self, id: &str, exec_id: &str) -> Result<(Arc<Task>, Arc<Process>), Error> {
+        let task = self.task(id)?;
+        let unknown = || Error::NoProcess {
+            id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+        };
+        let process = task.container.process(exec_id).ok_or_else(unknown)?;
+        Ok((task, process))
+    }
+
     fn live_tasks(&self) -> Vec<Arc<Task>> {
         let tasks = self.tasks();
         let live = tasks.values().filter_map(|slot| match slot {
@@ -160,7 +159,6 @@ impl Shim {
     pub async fn create(
         self: &Arc<Self>,
         request: Request,
-        io: Io,
         created: impl FnOnce(&Task),
     ) -> Result<Arc<Task>, Error> {
         directory::check_id(&request.id).map_err(Error::Id)?;
@@ -173,11 +171,7 @@ impl Shim {
                 return Err(error);
             }
         };
-        let task = Arc::new(Task {
-            container,
-            bundle,
-            io,
-        });
+        let task = Arc::new(Task { container, bundle });
         if !reservation.fulfil(&task, created) {
             let error = Error::Abandoned {
                 id: task.container.id().to_owned(),
@@ -290,29 +284,108 @@ impl Shim {
         }
     }
 
-    /// Lets a task's program run.
-    pub async fn start(&self, id: &str) -> Result<u32, Error> {
+    /// Creates a further process in a task.
+    pub async fn exec(self: &Arc<Self>, id: &str, request: ExecRequest) -> Result<(), Error> {
+        directory::check_id(&request.exec_id).map_err(Error::Id)?;
         let task = self.task(id)?;
         let pod = self.running_pod().await?;
-        task.container.start(&pod, &self.events).await?;
-        Ok(task.container.pid())
+        let created = task
+            .container
+            .exec(&pod, &self.events, request, self.paths.namespace());
+        let exec = created.await?;
+        let shim = Arc::clone(self);
+        tokio::spawn(async move { exec.watch_exec(&pod, &shim.events).await });
+        Ok(())
     }
 
-    /// Signals a task.
-    pub async fn kill(&self, id: &str, signal: u32, all: bool) -> Result<(), Error> {
+    /// Lets a process's program run.
+    pub async fn start(&self, id: &str, exec_id: &str) -> Result<u32, Error> {
+        let (task, process) = self.process(id, exec_id)?;
+        let pod = self.running_pod().await?;
+        if process.is_init() {
+            task.container.start(&pod, &self.events).await?;
+        } else {
+            process.start_exec(&pod, &self.events).await?;
+        }
+        Ok(process.pid())
+    }
+
+    /// Signals a process; with `all`, every one of its task, if it is the init.
+    pub async fn kill(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), Error> {
+        let (task, process) = self.process(id, exec_id)?;
+        let pod = self.running_pod().await?;
+        if process.is_init() {
+            let container = &task.container;
+            container.signal(&pod, &self.events, signal, all).await?;
+        } else {
+            process.signal(&pod, signal, all).await?;
+        }
+        Ok(())
+    }
+
+    /// Holds a task.
+    pub async fn pause(&self, id: &str) -> Result<(), Error> {
         let task = self.task(id)?;
         let pod = self.running_pod().await?;
-        task.container
-            .signal(&pod, &self.events, signal, all)
-            .await?;
-        Ok(())
+        Ok(task.container.pause(&pod, &self.events).await?)
+    }
+
+    /// Lets a task run again.
+    pub async fn resume(&self, id: &str) -> Result<(), Error> {
+        let task = self.task(id)?;
+        let pod = self.running_pod().await?;
+        Ok(task.container.resume(&pod, &self.events).await?)
+    }
+
+    /// Changes a task's limits: `linux.resources` as JSON.
+    pub async fn update(&self, id: &str, linux_resources_json: Vec<u8>) -> Result<(), Error> {
+        let task = self.task(id)?;
+        let pod = self.running_pod().await?;
+        Ok(task.container.update(&pod, linux_resources_json).await?)
+    }
+
+    /// What a task uses and is limited to.
+    pub async fn stats(&self, id: &str) -> Result<Metrics, Error> {
+        let task = self.task(id)?;
+        let pod = self.running_pod().await?;
+        Ok(task.container.stats(&pod).await?)
+    }
+
+    /// Sets the size of a process's terminal in characters.
+    pub async fn resize(
+        &self,
+        id: &str,
+        exec_id: &str,
+        width: u32,
+        height: u32,
+    ) -> Result<(), Error> {
+        let (task, process) = self.process(id, exec_id)?;
+        let pod = self.running_pod().await?;
+        Ok(task.container.resize(&process, &pod, width, height).await?)
+    }
+
+    /// Deletes an exec that does not run, and tells its pid and its end.
+    pub async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<(u32, Exit), Error> {
+        let (task, exec) = self.process(id, exec_id)?;
+        exec.life().begin_delete().map_err(Error::State)?;
+        let removed = async {
+            let pod = self.running_pod().await?;
+            let removed = task.container.remove_exec(&exec, &pod, &self.events);
+            Ok::<_, Error>(removed.await?)
+        };
+        let exit = removed.await.inspect_err(|_| exec.life().delete_failed())?;
+        Ok((exec.pid(), exit))
     }
 
     /// Deletes a task that does not run; with the pod's last task goes the pod.
     /// `deleted` is called when everything of it is gone.
     pub async fn delete(&self, id: &str, deleted: impl FnOnce(&Task, &Exit)) -> Result<(), Error> {
         let task = self.task(id)?;
-        task.container.life().begin_delete().map_err(Error::State)?;
+        task.container
+            .init()
+            .life()
+            .begin_delete()
+            .map_err(Error::State)?;
         let removed = async {
             let pod = self.running_pod().await?;
             Ok(task.container.remove(&pod, &self.events).await?)
@@ -320,7 +393,7 @@ impl Shim {
         let exit = match removed.await {
             Ok(exit) => exit,
             Err(error) => {
-                task.container.life().delete_failed();
+                task.container.init().life().delete_failed();
                 return Err(error);
             }
         };

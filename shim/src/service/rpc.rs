@@ -20,21 +20,26 @@ use containerd_shim_protos::api::{
 use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskIO};
 use containerd_shim_protos::shim_async::{Task as TaskService, create_task};
 use protobuf::well_known_types::any::Any;
-use protobuf::{EnumOrUnknown, MessageField};
+use protobuf::{CodedOutputStream, EnumOrUnknown, Message, MessageField};
+use serde_json::Value;
 use tracing::{debug, warn};
 use ttrpc::r#async::{Service, TtrpcContext};
 
-use super::{Error, Io, Shim, Task};
+use super::{Error, Shim, Task};
 use crate::events::{Event, timestamp};
 use crate::host::mounts::Mount;
 use crate::pod::chain;
 use crate::pod::container::Request;
-use crate::stdio::Plan;
+use crate::pod::process::{ExecRequest, Process};
+use crate::stdio::Io;
 use crate::task::{Exit, State};
 
 /// The names under which the one service is offered.
 const TASK_V3: &str = "containerd.task.v3.Task";
 const TASK_V2: &str = "containerd.task.v2.Task";
+
+/// What Stats answers with.
+const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 
 /// The task service under both of its names.
 pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
@@ -68,23 +73,36 @@ impl Rpc {
             error.into()
         })
     }
+}
 
-    /// A task's init: there is no other process yet.
-    fn init(&self, id: &str, exec_id: &str) -> Result<Arc<Task>, Error> {
-        let task = self.0.task(id)?;
-        no_exec(id, exec_id)?;
-        Ok(task)
+/// A part of an OCI runtime configuration, which containerd sends as JSON in an
+/// `Any`: `what` of the request.
+fn json_object(what: &str, part: &Any) -> Result<Vec<u8>, Error> {
+    let wrong = |reason: String| Error::Argument {
+        what: what.to_owned(),
+        reason,
+    };
+    match serde_json::from_slice::<Value>(&part.value) {
+        Ok(Value::Object(_)) => Ok(part.value.clone()),
+        Ok(_) => Err(wrong("is not an object".to_owned())),
+        Err(error) => Err(wrong(format!("is not JSON: {error}"))),
     }
 }
 
-fn no_exec(id: &str, exec_id: &str) -> Result<(), Error> {
-    if exec_id.is_empty() {
-        Ok(())
-    } else {
-        Err(Error::NoProcess {
-            id: id.to_owned(),
-            exec_id: exec_id.to_owned(),
-        })
+/// What Pids says of an exec: `containerd.runc.v1.ProcessDetails`, which is what
+/// clients know, and of which only field 1, `exec_id`, exists.
+fn process_details(exec_id: &str) -> Any {
+    let mut value = Vec::new();
+    let mut output = CodedOutputStream::vec(&mut value);
+    output
+        .write_string(1, exec_id)
+        .and_then(|()| output.flush())
+        .expect("memory takes it");
+    drop(output);
+    Any {
+        type_url: "containerd.runc.v1.ProcessDetails".to_owned(),
+        value,
+        ..Any::default()
     }
 }
 
@@ -116,6 +134,15 @@ fn check_create(request: &CreateTaskRequest) -> Result<(), Error> {
     }
 }
 
+fn delete_response(pid: u32, exit: &Exit) -> DeleteResponse {
+    DeleteResponse {
+        pid,
+        exit_status: exit.status,
+        exited_at: MessageField::some(timestamp(exit.at_ns)),
+        ..DeleteResponse::default()
+    }
+}
+
 fn create_event(request: &CreateTaskRequest, pid: u32) -> Event {
     Event::Create(TaskCreate {
         container_id: request.id.clone(),
@@ -143,12 +170,12 @@ impl TaskService for Rpc {
         let id = request.id.clone();
         self.run("Create", &id, |shim| async move {
             check_create(&request)?;
-            let plan = Plan::parse(
-                &request.stdin,
-                &request.stdout,
-                &request.stderr,
-                request.terminal,
-            )?;
+            let io = Io {
+                stdin: request.stdin.clone(),
+                stdout: request.stdout.clone(),
+                stderr: request.stderr.clone(),
+                terminal: request.terminal,
+            };
             let mounts = request.rootfs.iter().map(|mount| Mount {
                 kind: mount.type_.clone(),
                 source: mount.source.clone(),
@@ -159,18 +186,13 @@ impl TaskService for Rpc {
                 id: request.id.clone(),
                 bundle: request.bundle.clone().into(),
                 mounts: mounts.collect(),
-                plan,
-            };
-            let io = Io {
-                stdin: request.stdin.clone(),
-                stdout: request.stdout.clone(),
-                stderr: request.stderr.clone(),
-                terminal: request.terminal,
+                plan: io.plan()?,
+                io,
             };
             let events = shim.events().clone();
             let created =
                 |task: &Task| events.publish(&create_event(&request, task.container.pid()));
-            let task = shim.create(container, io, created).await?;
+            let task = shim.create(container, created).await?;
             Ok(CreateTaskResponse {
                 pid: task.container.pid(),
                 ..CreateTaskResponse::default()
@@ -180,11 +202,10 @@ impl TaskService for Rpc {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
-        self.init(&request.id, &request.exec_id)?;
         let id = request.id.clone();
         self.run("Start", &id, |shim| async move {
             Ok(StartResponse {
-                pid: shim.start(&request.id).await?,
+                pid: shim.start(&request.id, &request.exec_id).await?,
                 ..StartResponse::default()
             })
         })
@@ -192,25 +213,28 @@ impl TaskService for Rpc {
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
-        let task = self.init(&request.id, &request.exec_id)?;
+        let (task, process) = self.0.process(&request.id, &request.exec_id)?;
         let (state, exit) = {
-            let life = task.container.life();
+            let life = process.life();
             (life.state(), life.exit().cloned())
         };
         let status = match state {
             State::Created => Status::CREATED,
             State::Running => Status::RUNNING,
+            State::Paused => Status::PAUSED,
             State::Stopped => Status::STOPPED,
         };
         Ok(StateResponse {
-            id: request.id,
+            // As containerd's own shim: the exec's, of an exec.
+            id: process.name().to_owned(),
             bundle: task.bundle.display().to_string(),
-            pid: task.container.pid(),
+            pid: process.pid(),
             status: EnumOrUnknown::new(status),
-            stdin: task.io.stdin.clone(),
-            stdout: task.io.stdout.clone(),
-            stderr: task.io.stderr.clone(),
-            terminal: task.io.terminal,
+            stdin: process.io().stdin.clone(),
+            stdout: process.io().stdout.clone(),
+            stderr: process.io().stderr.clone(),
+            terminal: process.io().terminal,
+            exec_id: request.exec_id,
             exit_status: exit.as_ref().map_or(0, |exit| exit.status),
             exited_at: exit.map(|exit| timestamp(exit.at_ns)).into(),
             ..StateResponse::default()
@@ -218,8 +242,8 @@ impl TaskService for Rpc {
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
-        let task = self.init(&request.id, &request.exec_id)?;
-        let exit = task.container.wait().await;
+        let (_, process) = self.0.process(&request.id, &request.exec_id)?;
+        let exit = process.wait().await;
         Ok(WaitResponse {
             exit_status: exit.status,
             exited_at: MessageField::some(timestamp(exit.at_ns)),
@@ -228,10 +252,10 @@ impl TaskService for Rpc {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        self.init(&request.id, &request.exec_id)?;
         let id = request.id.clone();
         self.run("Kill", &id, |shim| async move {
-            shim.kill(&request.id, request.signal, request.all).await?;
+            shim.kill(&request.id, &request.exec_id, request.signal, request.all)
+                .await?;
             Ok(Empty::new())
         })
         .await
@@ -242,18 +266,20 @@ impl TaskService for Rpc {
         _: &TtrpcContext,
         request: DeleteRequest,
     ) -> ttrpc::Result<DeleteResponse> {
-        if request.exec_id.is_empty() {
-            self.0.abandon(&request.id);
-        }
-        self.init(&request.id, &request.exec_id)?;
         let id = request.id.clone();
+        if !request.exec_id.is_empty() {
+            let deleted = self.run("Delete", &id, |shim| async move {
+                shim.delete_exec(&request.id, &request.exec_id).await
+            });
+            let (pid, exit) = deleted.await?;
+            return Ok(delete_response(pid, &exit));
+        }
+        self.0.abandon(&id);
         self.run("Delete", &id, |shim| async move {
             let events = shim.events().clone();
             let mut response = DeleteResponse::default();
             let deleted = |task: &Task, exit: &Exit| {
-                response.pid = task.container.pid();
-                response.exit_status = exit.status;
-                response.exited_at = MessageField::some(timestamp(exit.at_ns));
+                response = delete_response(task.container.pid(), exit);
                 events.publish(&Event::Delete(TaskDelete {
                     container_id: task.container.id().to_owned(),
                     pid: response.pid,
@@ -270,15 +296,19 @@ impl TaskService for Rpc {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let task = self.0.task(&request.id)?;
-        // The stand-in: never a pid of the guest, which means something else
-        // on this host. It ends with the task.
-        let state = task.container.life().state();
-        let pids = match state {
-            State::Created | State::Running => vec![task.container.pid()],
-            State::Stopped => Vec::new(),
+        // The stand-ins: never a pid of the guest, which means something else
+        // on this host. They end with their processes.
+        let live = |process: &Arc<Process>| match process.life().state() {
+            State::Created | State::Running | State::Paused => true,
+            State::Stopped => false,
         };
-        let processes = pids.into_iter().map(|pid| ProcessInfo {
-            pid,
+        let processes = task.container.processes().into_iter().filter(live);
+        let processes = processes.map(|process| ProcessInfo {
+            pid: process.pid(),
+            info: match process.id().exec_id.as_str() {
+                "" => MessageField::none(),
+                exec_id => MessageField::some(process_details(exec_id)),
+            },
             ..ProcessInfo::default()
         });
         Ok(PidsResponse {
@@ -306,9 +336,9 @@ impl TaskService for Rpc {
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
-        let task = self.init(&request.id, &request.exec_id)?;
+        let (_, process) = self.0.process(&request.id, &request.exec_id)?;
         if request.stdin {
-            task.container.close_stdin();
+            process.close_stdin();
         }
         Ok(Empty::new())
     }
@@ -323,31 +353,88 @@ impl TaskService for Rpc {
         Ok(Empty::new())
     }
 
-    async fn exec(&self, _: &TtrpcContext, _: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        unsupported("Exec")
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        let id = request.id.clone();
+        self.run("Exec", &id, |shim| async move {
+            // An unknown task first, whatever else is wrong.
+            shim.task(&request.id)?;
+            let io = Io {
+                stdin: request.stdin,
+                stdout: request.stdout,
+                stderr: request.stderr,
+                terminal: request.terminal,
+            };
+            let exec = ExecRequest {
+                exec_id: request.exec_id,
+                process_json: json_object("spec", &request.spec)?,
+                plan: io.plan()?,
+                io,
+            };
+            shim.exec(&request.id, exec).await?;
+            Ok(Empty::new())
+        })
+        .await
     }
 
-    async fn resize_pty(&self, _: &TtrpcContext, _: ResizePtyRequest) -> ttrpc::Result<Empty> {
-        unsupported("ResizePty")
+    async fn resize_pty(
+        &self,
+        _: &TtrpcContext,
+        request: ResizePtyRequest,
+    ) -> ttrpc::Result<Empty> {
+        let id = request.id.clone();
+        self.run("ResizePty", &id, |shim| async move {
+            let (width, height) = (request.width, request.height);
+            shim.resize(&request.id, &request.exec_id, width, height)
+                .await?;
+            Ok(Empty::new())
+        })
+        .await
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> ttrpc::Result<Empty> {
-        unsupported("Pause")
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        self.run("Pause", &request.id.clone(), |shim| async move {
+            shim.pause(&request.id).await?;
+            Ok(Empty::new())
+        })
+        .await
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> ttrpc::Result<Empty> {
-        unsupported("Resume")
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        self.run("Resume", &request.id.clone(), |shim| async move {
+            shim.resume(&request.id).await?;
+            Ok(Empty::new())
+        })
+        .await
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
         unsupported("Checkpoint")
     }
 
-    async fn update(&self, _: &TtrpcContext, _: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        unsupported("Update")
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        self.run("Update", &request.id.clone(), |shim| async move {
+            // An unknown task first, whatever else is wrong.
+            shim.task(&request.id)?;
+            let resources = json_object("resources", &request.resources)?;
+            shim.update(&request.id, resources).await?;
+            Ok(Empty::new())
+        })
+        .await
     }
 
-    async fn stats(&self, _: &TtrpcContext, _: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        unsupported("Stats")
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        self.run("Stats", &request.id.clone(), |shim| async move {
+            let metrics = shim.stats(&request.id).await?;
+            Ok(StatsResponse {
+                stats: MessageField::some(Any {
+                    type_url: METRICS_TYPE.to_owned(),
+                    // By the agent's protocol these bytes are that message's.
+                    value: metrics.write_to_bytes().expect("a message encodes"),
+                    ..Any::default()
+                }),
+                ..StatsResponse::default()
+            })
+        })
+        .await
     }
 }

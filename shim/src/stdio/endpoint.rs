@@ -89,6 +89,26 @@ pub enum Target {
     Logger(LoggerCommand),
 }
 
+/// The strings of a request for standard streams.
+#[derive(Clone, Debug, Default)]
+pub struct Io {
+    /// FIFO of standard input.
+    pub stdin: String,
+    /// FIFO or URI of standard output.
+    pub stdout: String,
+    /// FIFO or URI of standard error.
+    pub stderr: String,
+    /// Whether it has a terminal.
+    pub terminal: bool,
+}
+
+impl Io {
+    /// Reads them.
+    pub fn plan(&self) -> Result<Plan, PlanError> {
+        Plan::parse(&self.stdin, &self.stdout, &self.stderr, self.terminal)
+    }
+}
+
 /// Where all streams of a task go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {

@@ -32,7 +32,7 @@ use tracing::warn;
 use crate::task::Exit;
 
 pub use copy::Sink;
-pub use endpoint::{LoggerCommand, Plan, PlanError, Ready, Target};
+pub use endpoint::{Io, LoggerCommand, Plan, PlanError, Ready, Target};
 pub use logger::Logger;
 
 /// Why the client's ends cannot be opened.

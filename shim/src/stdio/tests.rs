@@ -72,6 +72,7 @@ fn exited(last_words: Option<&str>) -> Exit {
         status: 0,
         at_ns: 0,
         last_words: last_words.map(str::to_owned),
+        oom_kills: 0,
     }
 }
 

@@ -1,24 +1,28 @@
 //! A guest without a VM: an agent behind the socket that a monitor would
 //! serve, whose containers are a few lines of async code.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use agent_protocol::api::{
-    AdjustTimeRequest, AdjustTimeResponse, CreateContainerRequest, CreateContainerResponse,
-    CreatePodRequest, CreatePodResponse, DeleteProcessRequest, DeleteProcessResponse, HelloRequest,
-    HelloResponse, ShutdownRequest, ShutdownResponse, SignalProcessRequest, SignalProcessResponse,
-    StartProcessRequest, StartProcessResponse, WaitProcessRequest, WaitProcessResponse,
-    stream_header::Kind,
+    AdjustTimeRequest, AdjustTimeResponse, ContainerStatsRequest, ContainerStatsResponse,
+    CreateContainerRequest, CreateContainerResponse, CreatePodRequest, CreatePodResponse,
+    DeleteProcessRequest, DeleteProcessResponse, ExecProcessRequest, ExecProcessResponse,
+    HelloRequest, HelloResponse, Metrics, PauseContainerRequest, PauseContainerResponse, ProcessId,
+    ResizeTerminalRequest, ResizeTerminalResponse, ResumeContainerRequest, ResumeContainerResponse,
+    ShutdownRequest, ShutdownResponse, SignalProcessRequest, SignalProcessResponse,
+    StartProcessRequest, StartProcessResponse, UpdateContainerRequest, UpdateContainerResponse,
+    WaitProcessRequest, WaitProcessResponse, stream_header::Kind,
 };
 use agent_protocol::service::{Agent, create_agent};
 use agent_protocol::{
     AGENT_PORT, PROTOCOL_VERSION, STREAM_ACCEPTED, STREAM_PORT, decode_stream_header,
 };
 use async_trait::async_trait;
+use protobuf::MessageField;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, copy_bidirectional};
 use tokio::net::{UnixListener, UnixStream};
@@ -27,6 +31,15 @@ use ttrpc::r#async::{Server, TtrpcContext};
 
 use crate::events::now_ns;
 use crate::pod::machine::{End, State, Watcher};
+
+/// What the tests call a process: `CONTAINER`, or `CONTAINER/EXEC`.
+pub fn name(process: &ProcessId) -> String {
+    if process.exec_id.is_empty() {
+        process.container_id.clone()
+    } else {
+        format!("{}/{}", process.container_id, process.exec_id)
+    }
+}
 
 type Streams = HashMap<(String, i32), UnixStream>;
 
@@ -41,6 +54,11 @@ pub struct Guest {
     pub programs: Mutex<HashMap<String, Arc<Program>>>,
     pub specs: Mutex<HashMap<String, Value>>,
     pub pod: Mutex<Option<CreatePodRequest>>,
+    /// What an update asked for last.
+    pub limits: Mutex<Option<Value>>,
+    pub paused: Mutex<HashSet<String>>,
+    /// Whose terminal was resized, and to which width and height.
+    pub sizes: Mutex<Vec<(String, u32, u32)>>,
     pub vm: Mutex<Option<watch::Sender<State>>>,
     /// Whether the guest may become ready.
     pub may_boot: watch::Sender<bool>,
@@ -57,6 +75,9 @@ impl Guest {
             programs: Mutex::default(),
             specs: Mutex::default(),
             pod: Mutex::default(),
+            limits: Mutex::default(),
+            paused: Mutex::default(),
+            sizes: Mutex::default(),
             vm: Mutex::default(),
             may_boot: watch::Sender::new(true),
             clock_ahead_ns: Mutex::default(),
@@ -140,7 +161,7 @@ impl Guest {
                 stream.read_exact(&mut header).await.expect("reads");
                 let header = decode_stream_header(&header).expect("is a header");
                 stream.write_u8(STREAM_ACCEPTED).await.expect("writes");
-                let key = (header.process.container_id.clone(), header.kind.value());
+                let key = (name(&header.process), header.kind.value());
                 self.streams.lock().expect("unpoisoned").insert(key, stream);
             }
             port => panic!("nobody listens on port {port}"),
@@ -188,7 +209,13 @@ impl Guest {
         }
     }
 
+    /// It ends, and with an init every exec.
     fn end(&self, id: &str, program: &Program, exit_status: u32) {
+        let execs = format!("{id}/");
+        let programs = self.programs.lock().expect("unpoisoned").clone();
+        for (exec, program) in programs.iter().filter(|(id, _)| id.starts_with(&execs)) {
+            self.end(exec, program, 137);
+        }
         self.streams
             .lock()
             .expect("unpoisoned")
@@ -263,13 +290,103 @@ impl Agent for Rpc {
         Ok(CreateContainerResponse::new())
     }
 
+    async fn exec_process(
+        &self,
+        _: &TtrpcContext,
+        request: ExecProcessRequest,
+    ) -> ttrpc::Result<ExecProcessResponse> {
+        let process: Value = serde_json::from_slice(&request.process_json).expect("is JSON");
+        let arguments: Vec<String> =
+            serde_json::from_value(process["args"].clone()).expect("has arguments");
+        if arguments[0] == "missing" {
+            return Err(status(
+                ttrpc::Code::INVALID_ARGUMENT,
+                "missing: no such file in the container",
+            ));
+        }
+        self.0.program(&request.process.container_id)?;
+        let program = Program {
+            arguments,
+            status: watch::Sender::new(None),
+        };
+        let mut programs = self.0.programs.lock().expect("unpoisoned");
+        programs.insert(name(&request.process), Arc::new(program));
+        Ok(ExecProcessResponse::new())
+    }
+
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: PauseContainerRequest,
+    ) -> ttrpc::Result<PauseContainerResponse> {
+        self.0.program(&request.container_id)?;
+        let mut paused = self.0.paused.lock().expect("unpoisoned");
+        paused.insert(request.container_id);
+        Ok(PauseContainerResponse::new())
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: ResumeContainerRequest,
+    ) -> ttrpc::Result<ResumeContainerResponse> {
+        let mut paused = self.0.paused.lock().expect("unpoisoned");
+        paused.remove(&request.container_id);
+        Ok(ResumeContainerResponse::new())
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateContainerRequest,
+    ) -> ttrpc::Result<UpdateContainerResponse> {
+        self.0.program(&request.container_id)?;
+        let resources = serde_json::from_slice(&request.linux_resources_json).expect("is JSON");
+        *self.0.limits.lock().expect("unpoisoned") = Some(resources);
+        Ok(UpdateContainerResponse::new())
+    }
+
+    async fn container_stats(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerStatsRequest,
+    ) -> ttrpc::Result<ContainerStatsResponse> {
+        self.0.program(&request.container_id)?;
+        let mut metrics = Metrics::new();
+        metrics.pids.mut_or_insert_default().current = 3;
+        metrics.cpu.mut_or_insert_default().usage_usec = 1_500_000;
+        metrics.memory.mut_or_insert_default().usage = 4096;
+        metrics.memory.mut_or_insert_default().usage_limit = u64::MAX;
+        metrics.memory_events.mut_or_insert_default().oom_kill = 1;
+        Ok(ContainerStatsResponse {
+            metrics: MessageField::some(metrics),
+            ..ContainerStatsResponse::default()
+        })
+    }
+
+    async fn resize_terminal(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeTerminalRequest,
+    ) -> ttrpc::Result<ResizeTerminalResponse> {
+        let size = (name(&request.process), request.width, request.height);
+        self.0.sizes.lock().expect("unpoisoned").push(size);
+        Ok(ResizeTerminalResponse::new())
+    }
+
     async fn start_process(
         &self,
         _: &TtrpcContext,
         request: StartProcessRequest,
     ) -> ttrpc::Result<StartProcessResponse> {
-        let id = request.process.container_id.clone();
+        let id = name(&request.process);
         let program = self.0.program(&id)?;
+        if program.arguments[0] == "unstartable" {
+            return Err(status(
+                ttrpc::Code::INVALID_ARGUMENT,
+                "unstartable: permission denied",
+            ));
+        }
         let guest = Arc::clone(&self.0);
         let running = tokio::spawn(async move {
             if let Some(status) = guest.run(&id, &program.arguments).await {
@@ -277,7 +394,7 @@ impl Agent for Rpc {
             }
         });
         // A program that is this quick ends before Start is answered.
-        if self.0.program(&request.process.container_id)?.arguments[0] == "exit" {
+        if self.0.program(&name(&request.process))?.arguments[0] == "exit" {
             running.await.expect("ends");
         }
         Ok(StartProcessResponse::new())
@@ -288,7 +405,7 @@ impl Agent for Rpc {
         _: &TtrpcContext,
         request: SignalProcessRequest,
     ) -> ttrpc::Result<SignalProcessResponse> {
-        let id = &request.process.container_id;
+        let id = &name(&request.process);
         self.0.end(id, &*self.0.program(id)?, 128 + request.signal);
         Ok(SignalProcessResponse::new())
     }
@@ -298,7 +415,7 @@ impl Agent for Rpc {
         _: &TtrpcContext,
         request: WaitProcessRequest,
     ) -> ttrpc::Result<WaitProcessResponse> {
-        let program = self.0.program(&request.process.container_id)?;
+        let program = self.0.program(&name(&request.process))?;
         let mut exit = program.status.subscribe();
         let exit_status = exit
             .wait_for(Option::is_some)
@@ -308,6 +425,7 @@ impl Agent for Rpc {
         Ok(WaitProcessResponse {
             exit_status,
             exited_at_ns: now_ns(),
+            oom_kills: u64::from(program.arguments.last().is_some_and(|last| last == "oom")),
             ..WaitProcessResponse::default()
         })
     }
@@ -317,7 +435,7 @@ impl Agent for Rpc {
         _: &TtrpcContext,
         request: DeleteProcessRequest,
     ) -> ttrpc::Result<DeleteProcessResponse> {
-        let id = &request.process.container_id;
+        let id = &name(&request.process);
         if let Ok(program) = self.0.program(id)
             && program
                 .arguments
@@ -329,7 +447,8 @@ impl Agent for Rpc {
         if let Ok(program) = self.0.program(id) {
             self.0.end(id, &program, 137);
         }
-        self.0.programs.lock().expect("unpoisoned").remove(id);
+        let mut programs = self.0.programs.lock().expect("unpoisoned");
+        programs.retain(|program, _| program != id && !program.starts_with(&format!("{id}/")));
         Ok(DeleteProcessResponse::new())
     }
 

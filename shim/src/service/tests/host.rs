@@ -5,7 +5,9 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use super::guest::Guest;
+use agent_protocol::api::ProcessId;
+
+use super::guest::{Guest, name};
 use crate::host::hooks::{self, Batch, State, Status};
 use crate::host::mounts::Access;
 use crate::host::netns::Network;
@@ -87,14 +89,14 @@ impl HostSide for FakeHost {
         Ok("volumes/0".into())
     }
 
-    fn start_stand_in(&mut self, container_id: &str) -> Result<u32, HostError> {
+    fn start_stand_in(&mut self, process: &ProcessId) -> Result<u32, HostError> {
         self.stand_ins += 1;
-        self.note(format!("stand-in of {container_id} starts"));
+        self.note(format!("stand-in of {} starts", name(process)));
         Ok(4000 + self.stand_ins)
     }
 
-    fn end_stand_in(&mut self, container_id: &str) -> Result<(), HostError> {
-        self.note(format!("stand-in of {container_id} ends"));
+    fn end_stand_in(&mut self, process: &ProcessId) -> Result<(), HostError> {
+        self.note(format!("stand-in of {} ends", name(process)));
         Ok(())
     }
 

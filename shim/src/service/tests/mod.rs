@@ -1,13 +1,14 @@
 //! The whole shim against a containerd, a host and a guest of the tests'.
 
 mod endings;
+mod execs;
 mod guest;
 mod host;
 
 use containerd_shim_protos::api::{
     CloseIORequest, ConnectRequest, CreateTaskRequest, DeleteRequest, DeleteResponse,
     ExecProcessRequest, KillRequest, PidsRequest, ShutdownRequest, StartRequest, StateRequest,
-    StatsRequest, Status, WaitRequest, WaitResponse,
+    Status, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::events::task::TaskExit;
 use containerd_shim_protos::shim::event::Envelope;
@@ -471,16 +472,6 @@ async fn wrong_calls_are_refused_with_containerds_codes() {
     assert_eq!(
         refused(world.client.kill(Context::default(), &exec).await).0,
         Code::NOT_FOUND
-    );
-    let exec = ExecProcessRequest::default();
-    assert_eq!(
-        refused(world.client.exec(Context::default(), &exec).await).0,
-        Code::UNIMPLEMENTED
-    );
-    let stats = StatsRequest::default();
-    assert_eq!(
-        refused(world.client.stats(Context::default(), &stats).await).0,
-        Code::UNIMPLEMENTED
     );
 }
 
