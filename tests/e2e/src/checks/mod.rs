@@ -2,7 +2,9 @@
 
 pub mod compatibility;
 pub mod containers;
+pub mod control;
 pub mod examples;
+pub mod execs;
 pub mod failures;
 pub mod files;
 pub mod jail;
@@ -19,6 +21,8 @@ pub type Check = (&'static str, fn(&Lab) -> Result<()>);
 /// Every check; what could disturb the others comes last.
 pub const ALL: &[&[Check]] = &[
     containers::CHECKS,
+    execs::CHECKS,
+    control::CHECKS,
     jail::CHECKS,
     failures::CHECKS,
     examples::CHECKS,
