@@ -3,9 +3,11 @@
 
 pub mod bare_kvm;
 pub mod monitor;
+pub mod timed;
 
 use std::{fmt, time::Duration};
 
+use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 /// Two ways of doing one thing, measured in turns.
@@ -24,8 +26,10 @@ pub struct Comparison {
 pub struct Samples {
     /// Which way.
     pub label: String,
-    /// One for each run.
+    /// One for each run that ended.
     pub times_us: Vec<u64>,
+    /// Runs that did not end and were killed; they have no time.
+    pub hung: usize,
 }
 
 impl Samples {
@@ -34,12 +38,16 @@ impl Samples {
         Self {
             label: label.to_owned(),
             times_us: Vec::new(),
+            hung: 0,
         }
     }
 
-    /// Adds a run.
-    pub fn push(&mut self, time: Duration) {
-        self.times_us.push(time.as_micros() as u64);
+    /// Adds a run; `None` is one that did not end.
+    pub fn push(&mut self, time: Option<Duration>) {
+        match time {
+            Some(time) => self.times_us.push(time.as_micros() as u64),
+            None => self.hung += 1,
+        }
     }
 
     /// The smallest time that `percent` of the runs do not exceed (nearest
@@ -63,18 +71,29 @@ impl Comparison {
     }
 
     /// Runs both ways in turns, so that what else the machine does meets both.
+    /// What we are compared with may hang now and then (`None`), which is
+    /// counted and shown; ours may not.
     ///
     /// # Errors
-    /// The first run of either way that fails.
-    pub fn measure<E>(
+    /// The first run of either way that fails, or when more than a quarter of
+    /// the baseline's runs hung.
+    pub fn measure(
         mut self,
         runs: usize,
-        mut baseline: impl FnMut(usize) -> Result<Duration, E>,
-        mut candidate: impl FnMut(usize) -> Result<Duration, E>,
-    ) -> Result<Self, E> {
+        mut baseline: impl FnMut(usize) -> Result<Option<Duration>>,
+        mut candidate: impl FnMut(usize) -> Result<Duration>,
+    ) -> Result<Self> {
         for run in 0..runs {
             self.baseline.push(baseline(run)?);
-            self.candidate.push(candidate(run)?);
+            self.candidate.push(Some(candidate(run)?));
+            ensure!(
+                self.baseline.hung * 4 <= runs,
+                "{}: {} hung {} times in {} runs; there is nothing to compare with",
+                self.name,
+                self.baseline.label,
+                self.baseline.hung,
+                run + 1
+            );
         }
         Ok(self)
     }
@@ -93,7 +112,7 @@ impl fmt::Display for Comparison {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(out, "{}", self.name)?;
         for samples in [&self.baseline, &self.candidate] {
-            writeln!(
+            write!(
                 out,
                 "  {:<28} median {:>10} us   p99 {:>10} us   n {}",
                 samples.label,
@@ -101,6 +120,10 @@ impl fmt::Display for Comparison {
                 samples.percentile_us(99),
                 samples.times_us.len(),
             )?;
+            match samples.hung {
+                0 => writeln!(out)?,
+                hung => writeln!(out, "   did not end and were killed {hung}")?,
+            }
         }
         writeln!(out, "  ratio of medians {:.2}", self.ratio())
     }
@@ -114,6 +137,7 @@ mod tests {
         Samples {
             label: String::new(),
             times_us: times_us.into_iter().collect(),
+            hung: 0,
         }
     }
 
@@ -133,14 +157,34 @@ mod tests {
     fn measure_both_ways_take_turns() {
         let order = std::cell::RefCell::new(Vec::new());
         let run = |who: char| {
-            let order = &order;
-            move |_| {
-                order.borrow_mut().push(who);
-                Ok::<_, ()>(Duration::from_micros(1))
-            }
+            order.borrow_mut().push(who);
+            Duration::from_micros(1)
         };
-        let measured = Comparison::new("", "", "").measure(2, run('b'), run('c'));
+        let measured =
+            Comparison::new("", "", "").measure(2, |_| Ok(Some(run('b'))), |_| Ok(run('c')));
         assert!(measured.is_ok());
         assert_eq!(*order.borrow(), ['b', 'c', 'b', 'c']);
+    }
+
+    #[test]
+    fn measure_baseline_that_hangs_once_is_counted_and_shown() -> Result<()> {
+        let time = Duration::from_micros(7);
+        let measured = Comparison::new("", "", "").measure(
+            4,
+            |run| Ok((run != 1).then_some(time)),
+            |_| Ok(time),
+        )?;
+        assert_eq!(measured.baseline.hung, 1);
+        assert_eq!(measured.baseline.times_us, [7, 7, 7]);
+        assert_eq!(measured.candidate.times_us, [7, 7, 7, 7]);
+        assert!(measured.to_string().contains("were killed 1"));
+        Ok(())
+    }
+
+    #[test]
+    fn measure_baseline_that_hangs_often_is_refused() {
+        let result =
+            Comparison::new("", "", "").measure(4, |_| Ok(None), |_| Ok(Duration::from_micros(1)));
+        assert!(result.is_err());
     }
 }

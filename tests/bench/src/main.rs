@@ -70,6 +70,7 @@ fn measure(arguments: &Arguments) -> Result<Report> {
         .args(["--prefix", "/opt/bulkhead"])
         .args(["--initramfs", "/tmp/initramfs.cpio"])
         .args(["--runs", &arguments.runs.to_string()])
+        .args(["--time-factor", &node.time_factor().to_string()])
         .timeout(TIMEOUT);
     let output = node.run(command)?;
     ensure!(

@@ -6,11 +6,16 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
     path::Path,
     process::{Command, Stdio},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
+use nix::sys::{
+    socket::{
+        AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, setsockopt,
+        socketpair, sockopt,
+    },
+    time::{TimeVal, TimeValLike},
 };
 use vmm_config::{
     Boot, FdIndex, Memory, Vcpus, VmConfig,
@@ -21,14 +26,16 @@ use vmm_config::{
 /// gone.
 ///
 /// # Errors
-/// When the guest ends in any other way.
-pub fn boot(vmm: &Path, kernel: &Path, initramfs: &Path) -> Result<Timings> {
+/// When the guest ends in any other way, or says nothing for `limit`.
+pub fn boot(vmm: &Path, kernel: &Path, initramfs: &Path, limit: Duration) -> Result<Timings> {
     let (ours, theirs) = socketpair(
         AddressFamily::Unix,
         SockType::SeqPacket,
         None,
         SockFlag::SOCK_CLOEXEC,
     )?;
+    let seconds = i64::try_from(limit.as_secs())?;
+    setsockopt(&ours, sockopt::ReceiveTimeout, &TimeVal::seconds(seconds))?;
     // The monitor finds its socket at descriptor 3. dup2 in the shell keeps
     // this launcher free of code between fork and exec.
     let mut child = Command::new("/bin/sh")
@@ -84,7 +91,8 @@ fn send_boot(socket: &OwnedFd, kernel: &Path, initramfs: &Path) -> Result<()> {
 fn receive(socket: &OwnedFd) -> Result<Event> {
     let mut packet = vec![0; MAX_MESSAGE_BYTES];
     let mut parts = [IoSliceMut::new(&mut packet)];
-    let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, None, MsgFlags::empty())?;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, None, MsgFlags::empty())
+        .context("waiting for the monitor")?;
     let length = message.bytes;
     ensure!(length > 0, "the monitor closed its socket");
     Ok(control::decode(&packet[..length])?)

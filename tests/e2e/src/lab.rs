@@ -17,6 +17,8 @@ pub const RUN: &str =
 
 /// On hardware; a script that hangs fails its check and not the whole run.
 const SCRIPT_TIMEOUT: Duration = Duration::from_mins(1);
+/// The same for the full counts, which are up to twenty times as large.
+const SOAK_SCRIPT_TIMEOUT: Duration = Duration::from_mins(10);
 
 /// A node with Bulkhead installed.
 pub struct Lab {
@@ -83,7 +85,12 @@ impl Lab {
     /// When the node cannot be reached.
     pub fn run(&self, script: &str) -> Result<Outcome> {
         let command = NodeCommand::new("bash").args(["-c", script]);
-        let output = self.node.run(command.timeout(SCRIPT_TIMEOUT))?;
+        let timeout = if self.soak() {
+            SOAK_SCRIPT_TIMEOUT
+        } else {
+            SCRIPT_TIMEOUT
+        };
+        let output = self.node.run(command.timeout(timeout))?;
         let code = output
             .status
             .code()

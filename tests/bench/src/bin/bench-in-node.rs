@@ -2,12 +2,12 @@
 
 use std::{
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
-use bulkhead_bench::{Comparison, bare_kvm, monitor};
+use anyhow::{Context, Result};
+use bulkhead_bench::{Comparison, bare_kvm, monitor, timed};
 use clap::Parser;
 
 /// Measures inside the node and prints the samples as JSON.
@@ -25,6 +25,18 @@ struct Arguments {
     /// Image for the container benchmark.
     #[arg(long, default_value = "docker.io/library/busybox:latest")]
     image: String,
+    /// What times are multiplied by in this node.
+    #[arg(long, default_value_t = 1)]
+    time_factor: u32,
+}
+
+/// A run that takes longer on hardware hangs.
+const LIMIT: Duration = Duration::from_secs(5);
+
+impl Arguments {
+    fn limit(&self) -> Duration {
+        LIMIT * self.time_factor
+    }
 }
 
 fn main() -> Result<()> {
@@ -43,12 +55,10 @@ fn run_true(arguments: &Arguments) -> Result<Comparison> {
     let run = |runtime: &'static str| {
         move |number: usize| {
             let id = format!("bench-{}-{number}", runtime.replace('.', "-"));
-            let command = ["run", "--rm", "--runtime", runtime];
-            time(Command::new("ctr").args(command).args([
-                arguments.image.as_str(),
-                id.as_str(),
-                "true",
-            ]))
+            let mut command = Command::new("ctr");
+            command.args(["run", "--rm", "--runtime", runtime]);
+            command.args([arguments.image.as_str(), id.as_str(), "true"]);
+            timed::run(command, arguments.limit())
         }
     };
     let runc = "io.containerd.runc.v2";
@@ -56,7 +66,7 @@ fn run_true(arguments: &Arguments) -> Result<Comparison> {
     Comparison::new("ctr run --rm IMAGE true", "runc", "bulkhead").measure(
         arguments.runs,
         run(runc),
-        run(ours),
+        |number| run(ours)(number)?.context("the container did not end in time"),
     )
 }
 
@@ -67,10 +77,10 @@ fn exec_to_init(arguments: &Arguments) -> Result<Comparison> {
     let name = "monitor executed to guest init and gone (init resets at once)";
     Comparison::new(name, "QEMU microvm", "bulkhead-vmm").measure(
         arguments.runs,
-        |_| time(&mut qemu(&kernel, &arguments.initramfs)),
+        |_| timed::run(qemu(&kernel, &arguments.initramfs), arguments.limit()),
         |_| {
             let started = Instant::now();
-            monitor::boot(&vmm, &kernel, &arguments.initramfs)?;
+            monitor::boot(&vmm, &kernel, &arguments.initramfs, arguments.limit())?;
             Ok(started.elapsed())
         },
     )
@@ -83,9 +93,9 @@ fn first_instruction(arguments: &Arguments) -> Result<Comparison> {
     let name = "KVM_CREATE_VM to first guest instruction";
     Comparison::new(name, "bare ioctls", "bulkhead-vmm").measure(
         arguments.runs,
-        |_| bare_kvm::create_to_first_run(),
+        |_| bare_kvm::create_to_first_run().map(Some),
         |_| {
-            let timings = monitor::boot(&vmm, &kernel, &arguments.initramfs)?;
+            let timings = monitor::boot(&vmm, &kernel, &arguments.initramfs, arguments.limit())?;
             Ok(Duration::from_micros(
                 timings.first_run_us - timings.create_vm_us,
             ))
@@ -117,20 +127,4 @@ fn qemu(kernel: &Path, initramfs: &Path) -> Command {
             "quiet panic=-1 8250.nr_uarts=0 cryptomgr.notests",
         ]);
     command
-}
-
-fn time(command: &mut Command) -> Result<Duration> {
-    let started = Instant::now();
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("cannot run {command:?}"))?;
-    let elapsed = started.elapsed();
-    ensure!(
-        output.status.success(),
-        "{command:?} ended with {}: {}",
-        output.status,
-        String::from_utf8_lossy(&output.stderr)
-    );
-    Ok(elapsed)
 }
