@@ -19,6 +19,7 @@ pub mod jail;
 mod mount_attributes;
 pub mod mounts;
 pub mod netns;
+pub mod overlay_options;
 pub mod pod;
 pub mod record;
 pub mod share;

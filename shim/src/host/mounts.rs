@@ -16,7 +16,7 @@ use rustix::mount::{
 };
 use thiserror::Error;
 
-use super::mount_attributes;
+use super::{mount_attributes, overlay_options};
 
 /// One mount of `CreateTaskRequest.rootfs`, in containerd's terms.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,8 +108,8 @@ pub enum Error {
     },
 }
 
-/// mount(2) reads one page of options, and its last byte is the NUL.
-const MAX_OPTIONS_BYTES: usize = 4095;
+/// The most that the kernel takes.
+const MAX_OPTIONS_BYTES: usize = overlay_options::MAX_BYTES;
 
 const HARMLESS: MountFlags = MountFlags::NOSUID
     .union(MountFlags::NODEV)
@@ -305,18 +305,13 @@ fn mount_overlay(options: &Options<'_>, target: &Path) -> Result<(), Error> {
         source: error.into(),
     };
     let overlay = Path::new("overlay");
-    let data = options.data.join(",");
-    if data.len() <= MAX_OPTIONS_BYTES {
-        return mount_with(overlay, target, "overlay", options.flags, &data).map_err(failed);
+    let fitted = overlay_options::fit(&options.data).map_err(|bytes| Error::TooLong { bytes })?;
+    let (flags, data) = (options.flags, fitted.data);
+    let make = || mount_with(overlay, target, "overlay", flags, &data);
+    match fitted.directory {
+        Some(directory) => in_directory(&directory, make),
+        None => make(),
     }
-    let (directory, data) = shorten(&options.data);
-    if data.len() > MAX_OPTIONS_BYTES {
-        return Err(Error::TooLong { bytes: data.len() });
-    }
-    let flags = options.flags;
-    in_directory(&directory, || {
-        mount_with(overlay, target, "overlay", flags, &data)
-    })
     .map_err(failed)
 }
 
@@ -330,54 +325,6 @@ fn mount_with(
     // Options hold no NUL: Options::add has checked each.
     let data = std::ffi::CString::new(data).map_err(|_| Errno::INVAL)?;
     mount(source, target, kind, flags, Some(data.as_c_str()))
-}
-
-/// Overlay options with the lower layers' common directory taken out, which
-/// the mount must then be made from.
-fn shorten(options: &[&str]) -> (PathBuf, String) {
-    let layers = options
-        .iter()
-        .find_map(|option| option.strip_prefix("lowerdir="))
-        .unwrap_or_default();
-    let common = common_directory(layers);
-    let prefix = if common == "/" {
-        "/".to_owned()
-    } else {
-        format!("{common}/")
-    };
-    let relative = |layer: &str| layer.strip_prefix(&prefix).unwrap_or(layer).to_owned();
-    let shortened: Vec<String> = options
-        .iter()
-        .map(|option| match option.strip_prefix("lowerdir=") {
-            Some(layers) => {
-                let layers: Vec<String> = layers.split(':').map(relative).collect();
-                format!("lowerdir={}", layers.join(":"))
-            }
-            None => (*option).to_owned(),
-        })
-        .collect();
-    (PathBuf::from(common), shortened.join(","))
-}
-
-/// The longest directory that all layers lie in; `/` unless all are absolute
-/// and none has an escaped colon, which only whole paths keep apart.
-fn common_directory(layers: &str) -> &str {
-    if layers.contains('\\') || layers.split(':').any(|layer| !layer.starts_with('/')) {
-        return "/";
-    }
-    let parent = |layer: &'_ str| layer.rfind('/').unwrap_or(0);
-    let mut all = layers.split(':');
-    let first = all.next().unwrap_or("/");
-    let mut common = &first[..parent(first)];
-    for layer in all {
-        while !layer
-            .strip_prefix(common)
-            .is_some_and(|rest| rest.len() > 1 && rest.starts_with('/'))
-        {
-            common = &common[..parent(common)];
-        }
-    }
-    if common.is_empty() { "/" } else { common }
 }
 
 /// Runs `work` on a thread whose working directory is `directory`, which the
@@ -421,7 +368,6 @@ pub(super) fn unmount_all(target: &Path) -> rustix::io::Result<()> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use proptest::prelude::*;
     use std::fs;
 
     /// Puts this test's thread into a mount namespace of its own, with a tmpfs
@@ -535,31 +481,5 @@ pub(super) mod tests {
         assert!(refused("ext4", "loop").contains("\"loop\""));
         assert!(refused("overlay", "uidmap=0:1:2").contains("\"uidmap=0:1:2\""));
         assert!(refused("bind", "size=1").contains("\"size=1\""));
-    }
-
-    #[test]
-    fn common_directory_of_layers_with_one_prefix_ends_at_a_component() {
-        assert_eq!(common_directory("/a/10/fs:/a/11/fs"), "/a");
-        assert_eq!(common_directory("/a/1:/a/11"), "/a");
-        assert_eq!(common_directory("/a:/b"), "/");
-        assert_eq!(common_directory("/a:/a"), "/");
-        assert_eq!(common_directory("relative:/a"), "/");
-        assert_eq!(common_directory("/a/x\\:y:/a/z"), "/");
-        assert_eq!(common_directory("/a/b:/a"), "/");
-    }
-
-    proptest! {
-        #[test]
-        fn shorten_of_any_layers_names_the_same_directories(
-            layers in proptest::collection::vec("(/[ab]{1,2}){1,4}", 1..6)
-        ) {
-            let option = format!("lowerdir={}", layers.join(":"));
-            let (directory, short) = shorten(&[&option]);
-            let short = short.strip_prefix("lowerdir=").expect("is kept");
-            let whole: Vec<_> = short.split(':').map(|layer| directory.join(layer)).collect();
-            let expected: Vec<_> = layers.iter().map(PathBuf::from).collect();
-            prop_assert_eq!(whole, expected);
-            prop_assert!(short.split(':').all(|layer| !layer.is_empty()));
-        }
     }
 }
