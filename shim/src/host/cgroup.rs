@@ -40,6 +40,9 @@ const SHIM_LEAF: &str = "shim";
 const MARK: &str = "trusted.bulkhead";
 /// How often a parent may vanish under us, being left by its last pod.
 const ATTEMPTS: u32 = 16;
+/// Longest path that the kernel takes (`PATH_MAX` of linux/limits.h, with its
+/// NUL): systemd's notation grows with the square of its length.
+const MAX_PATH_BYTES: usize = 4095;
 /// `CGROUP2_SUPER_MAGIC` of linux/magic.h.
 const CGROUP2_SUPER_MAGIC: i64 = 0x6367_7270;
 
@@ -113,9 +116,12 @@ impl CgroupPath {
             return Ok(Self(Path::new("bulkhead").join(namespace).join(id)));
         };
         let refuse = |reason| Error::Path {
-            path: text.to_owned(),
+            path: text.chars().take(MAX_PATH_BYTES).collect(),
             reason,
         };
+        if text.len() > MAX_PATH_BYTES {
+            return Err(refuse("it is longer than a path can be"));
+        }
         let own = match text.split(':').collect::<Vec<_>>()[..] {
             [slice, prefix, name] => systemd_scope(slice, prefix, name).map_err(refuse)?,
             _ => PathBuf::from(text.trim_start_matches('/')),
@@ -433,6 +439,15 @@ pub(super) mod tests {
         assert_eq!(of("-.slice::abc", false), Path::new("abc.scope"));
         let none = CgroupPath::for_pod(None, false, "default", "c").expect("is a path");
         assert_eq!(none.0, Path::new("bulkhead/default/c"));
+    }
+
+    #[test]
+    fn for_pod_of_a_path_that_no_kernel_takes_is_refused_in_few_words() {
+        // As directories these would be gigabytes.
+        let slice = format!("{}a.slice:prefix:name", "a-".repeat(50_000));
+        let refused = pod(&slice, false).expect_err("is refused").to_string();
+        assert!(refused.contains("longer"), "{refused}");
+        assert!(refused.len() < 5000);
     }
 
     #[test]
