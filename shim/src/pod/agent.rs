@@ -10,7 +10,7 @@ use agent_protocol::api::{
     DeleteProcessRequest, ExecProcessRequest, HelloRequest, Metrics, PauseContainerRequest,
     ProcessId, ResizeTerminalRequest, ResumeContainerRequest, ShutdownRequest,
     SignalProcessRequest, StartProcessRequest, Stdio, StreamHeader, UpdateContainerRequest,
-    WaitProcessRequest,
+    WaitProcessRequest, WaitProcessResponse,
 };
 use agent_protocol::service::AgentClient;
 use agent_protocol::{
@@ -34,6 +34,8 @@ use crate::task::Exit;
 /// Calls that end by themselves. Generous: a guest may be busy, and a
 /// container with many files to write back is.
 const CALL_TIMEOUT: Duration = Duration::from_mins(2);
+/// Largest status of a process that has ended (`WaitProcessResponse.exit_status`).
+const MAX_EXIT_STATUS: u32 = 255;
 /// Bytes of entropy for the guest (`HelloRequest.entropy`).
 const ENTROPY_BYTES: usize = 64;
 
@@ -103,6 +105,17 @@ fn message(error: &ttrpc::Error) -> String {
     }
 }
 
+/// How a process ended, in values that a process can have: clients reckon with
+/// the status, and a guest that has been taken over may say anything.
+fn exit_of(answer: &WaitProcessResponse) -> Exit {
+    Exit {
+        status: answer.exit_status.min(MAX_EXIT_STATUS),
+        at_ns: answer.exited_at_ns,
+        last_words: None,
+        oom_kills: answer.oom_kills,
+    }
+}
+
 /// A connection to the agent. Clones share it.
 #[derive(Clone)]
 pub struct Agent {
@@ -154,8 +167,8 @@ impl Agent {
             });
         }
         info!(
-            agent = hello.agent_version,
-            kernel = hello.kernel_release,
+            agent = printable(&hello.agent_version),
+            kernel = printable(&hello.kernel_release),
             "connected to the guest's agent"
         );
         Ok(agent)
@@ -276,12 +289,7 @@ impl Agent {
             self.client.wait_process(Context::default(), &request),
         )
         .await?;
-        Ok(Exit {
-            status: answer.exit_status,
-            at_ns: answer.exited_at_ns,
-            last_words: None,
-            oom_kills: answer.oom_kills,
-        })
+        Ok(exit_of(&answer))
     }
 
     /// Ends a process and forgets it. For an init: ends what is left of its
@@ -409,6 +417,21 @@ impl Agent {
 mod tests {
     use super::super::printable::MAX_BYTES;
     use super::*;
+
+    #[test]
+    fn exit_of_any_answer_has_a_status_that_a_process_can_have() {
+        let status = |exit_status| {
+            exit_of(&WaitProcessResponse {
+                exit_status,
+                ..WaitProcessResponse::default()
+            })
+            .status
+        };
+        assert_eq!(
+            [0, 137, 255, 256, u32::MAX].map(status),
+            [0, 137, 255, 255, 255]
+        );
+    }
 
     #[test]
     fn call_error_of_a_hostile_guest_is_bounded_and_printable() {

@@ -14,6 +14,7 @@ use tracing::{debug, error, info};
 use vmm_config::control::{Event, Exit, ExitReason};
 
 use super::machine::{End, Machine, State, Watcher};
+use super::printable::printable;
 use crate::host::children;
 use crate::host::vm::{Received, Vm};
 use crate::readiness::readable;
@@ -83,7 +84,13 @@ enum Cause {
 }
 
 impl Cause {
+    /// For a user's terminal: the monitor and what both processes log may be in
+    /// the hands of whoever broke them.
     fn describe(self, monitor_log: &[String], server_log: &[String]) -> String {
+        printable(&self.tell(monitor_log, server_log))
+    }
+
+    fn tell(self, monitor_log: &[String], server_log: &[String]) -> String {
         match self {
             Self::Failed(error) => error,
             Self::Told(exit) => {
@@ -307,6 +314,23 @@ mod tests {
         assert_eq!(last.len(), QUOTED_LINES);
         assert_eq!(last[1], "line 19");
         assert!(last.iter().all(|line| line.len() <= 2 * MAX_LINE_BYTES));
+    }
+
+    #[test]
+    fn describe_what_a_broken_monitor_says_is_bounded_and_printable() {
+        let words = format!("\x1b]0;owned\x07{}", "x".repeat(100_000));
+        let exit = Exit {
+            reason: ExitReason::GuestPanic,
+            guest_log: vec![words.clone()],
+        };
+        for cause in [Cause::Failed(words.clone()), Cause::Told(exit)] {
+            let reason = cause.describe(&[], &[]);
+            assert!(reason.contains("?]0;owned?xxx"), "{reason}");
+            assert!(reason.len() < 5000, "{} bytes", reason.len());
+        }
+        let log = [words];
+        let reason = Cause::MonitorGone(None).describe(&log, &[]);
+        assert!(reason.contains("died") && !reason.contains('\x1b'));
     }
 
     #[test]
