@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use thiserror::Error;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_config::control::{Exit, ExitReason, Timings};
 use vmm_config::{ConfigError, VmConfig};
+use vmm_devices::ramoops::{self, is_panic};
 use vmm_devices::{FileSystem, FileSystemConfig, FileSystemError, Rng, Serial, Vsock, VsockConfig};
 
 use crate::bus::{Bus, Overlap};
@@ -18,14 +19,13 @@ use crate::kvm::{
     self, KvmError, Routes, Surroundings, Vcpu, VcpuError, VcpuModel, VcpuThreads, Vm, VmError,
 };
 use crate::layout::{
-    ACPI_PM_PORTS, IOAPIC, IOAPIC_SIZE, KEYBOARD_CONTROLLER_PORT, PVPANIC_PORT, SERIAL_GSI,
-    SERIAL_PORTS,
+    ACPI_PM_PORTS, IOAPIC, IOAPIC_SIZE, KEYBOARD_CONTROLLER_PORT, PVPANIC_PORT, RAMOOPS,
+    RAMOOPS_SIZE, SERIAL_GSI, SERIAL_PORTS,
 };
 use crate::lifecycle::Lifecycle;
 use crate::load::{Image, LoadError};
 use crate::memory::{self, MemoryError};
 use crate::platform::{KeyboardController, Panics, Power, RoutedIoApic};
-use crate::ramoops::{self, is_panic};
 use crate::slots::{SlotError, Slots, connect_line};
 
 /// Why a VM cannot be made.
@@ -192,7 +192,7 @@ impl Machine {
 fn describe_exit(reason: ExitReason, memory: &GuestMemoryMmap) -> Exit {
     let guest_log = match reason {
         ExitReason::PowerOff | ExitReason::Stopped => Vec::new(),
-        _ => ramoops::last_lines(memory),
+        _ => ramoops::last_lines(memory, GuestAddress(RAMOOPS), RAMOOPS_SIZE as usize),
     };
     let panicked = guest_log.first().is_some_and(|line| is_panic(line));
     let reason = match reason {
@@ -215,11 +215,10 @@ fn report_failure<E: Error>(
 mod tests {
     use std::sync::mpsc::{self, Sender};
 
-    use vm_memory::{Bytes, GuestAddress};
+    use vm_memory::Bytes;
 
     use super::*;
     use crate::bus::Registers;
-    use crate::layout::{RAMOOPS, RAMOOPS_SIZE};
 
     /// A device that tells when it is closed.
     struct Closing(Sender<String>);
@@ -238,7 +237,10 @@ mod tests {
     fn memory_with_log(log: &str) -> GuestMemoryMmap {
         let size = (RAMOOPS + RAMOOPS_SIZE) as usize;
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size)]).expect("memory");
-        let zone = ramoops::zone(log);
+        // Its signature, where the next byte goes, bytes in use.
+        let length = log.len() as u32;
+        let header = [0x4347_4244, length, length].map(u32::to_le_bytes);
+        let zone = [header.as_flattened(), log.as_bytes()].concat();
         memory
             .write_slice(&zone, GuestAddress(RAMOOPS))
             .expect("in memory");

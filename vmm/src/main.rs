@@ -18,7 +18,6 @@ mod log;
 mod machine;
 mod memory;
 mod platform;
-mod ramoops;
 mod slots;
 
 use std::io;

@@ -11,7 +11,11 @@
 //! # Legacy
 //! [`Serial`], [`Pvpanic`], [`AcpiPm`] and [`IoApic`] are register models:
 //! `read` and `write` at an offset into their range, on the vCPU's thread.
-//! What the guest asked for is returned, and the caller acts on it.
+//! What the guest asked for is returned, and the caller acts on it. [`ramoops`]
+//! reads what the guest's kernel leaves in its memory.
+//!
+//! With the feature `stepped` two of them can be had without their threads, a
+//! step at a time, for fuzz targets.
 //!
 //! Every virtio device is laid out the same: `mod.rs` (the device and its
 //! configuration), `worker.rs` (the thread that serves the queues), `state.rs`
@@ -25,9 +29,12 @@ mod fs;
 mod hostile;
 mod ioapic;
 mod pvpanic;
+pub mod ramoops;
 mod rng;
 mod saved;
 mod serial;
+#[cfg(feature = "stepped")]
+pub mod stepped;
 mod vsock;
 
 pub use acpi_pm::{AcpiPm, SleepRequest};

@@ -7,8 +7,6 @@
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::layout::{RAMOOPS, RAMOOPS_SIZE};
-
 /// `PERSISTENT_RAM_SIG`: "DBGC".
 const SIGNATURE: u32 = 0x4347_4244;
 /// Bytes of the header.
@@ -23,14 +21,14 @@ const LINE_BYTES: usize = 400;
 /// may follow.
 const PANIC: &str = "Kernel panic - not syncing";
 
-/// Reads the guest's last lines, oldest first: printable ASCII only. If it
-/// panicked, the line that says so is the first, and those after it follow:
-/// it may be long before the last. Empty when the guest wrote none, or has put
-/// nonsense there.
-pub fn last_lines(memory: &GuestMemoryMmap) -> Vec<String> {
-    let mut zone = vec![0; RAMOOPS_SIZE as usize];
-    match memory.read_slice(&mut zone, GuestAddress(RAMOOPS)) {
-        Ok(()) => parse(&zone),
+/// Reads the guest's last lines from a zone of `bytes` at `zone`, oldest first:
+/// printable ASCII only, at most 20 of 400 bytes. If it panicked, the line that
+/// says so is the first, and those after it follow: it may be long before the
+/// last. Empty when the guest wrote none, or has put nonsense there.
+pub fn last_lines(memory: &GuestMemoryMmap, zone: GuestAddress, bytes: usize) -> Vec<String> {
+    let mut copy = vec![0; bytes];
+    match memory.read_slice(&mut copy, zone) {
+        Ok(()) => parse(&copy),
         Err(_) => Vec::new(),
     }
 }
@@ -80,17 +78,6 @@ fn printable(line: &[u8]) -> String {
         .collect()
 }
 
-/// The zone of a guest that wrote this.
-#[cfg(test)]
-pub fn zone(log: &str) -> Vec<u8> {
-    let length = log.len() as u32;
-    [SIGNATURE, length, length]
-        .into_iter()
-        .flat_map(u32::to_le_bytes)
-        .chain(log.bytes())
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -103,6 +90,12 @@ mod tests {
         }
         zone.extend(data);
         zone
+    }
+
+    /// The zone of a guest that wrote this.
+    fn zone(log: &str) -> Vec<u8> {
+        let length = log.len() as u32;
+        ring(length, length, log.as_bytes())
     }
 
     #[test]

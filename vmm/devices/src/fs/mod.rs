@@ -28,6 +28,8 @@ mod request;
 mod server;
 mod shadow_queue;
 mod state;
+#[cfg(feature = "stepped")]
+pub(crate) mod stepped;
 #[cfg(test)]
 mod tests;
 mod worker;

@@ -198,6 +198,12 @@ impl Relay {
         !self.waiting.is_empty()
     }
 
+    /// Requests that are taken from the guest.
+    #[cfg(feature = "stepped")]
+    pub(super) fn held(&self) -> usize {
+        self.in_flight.iter().flatten().count() + self.waiting.len()
+    }
+
     /// Large slots hold memory and no request.
     pub(super) fn can_release(&self) -> bool {
         self.large_used

@@ -118,6 +118,12 @@ impl ShadowQueue {
         SIZE
     }
 
+    /// Descriptor table, available and used ring, in bounce memory.
+    #[cfg(feature = "stepped")]
+    pub(super) fn addresses(&self) -> [u64; 3] {
+        [0, AVAILABLE, USED].map(|offset| self.base + offset)
+    }
+
     /// Makes a slot's request available; [`notify`](Self::notify) tells the
     /// file server.
     pub(super) fn submit(

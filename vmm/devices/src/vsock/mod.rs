@@ -31,6 +31,8 @@ mod fake_guest;
 mod greeting;
 mod packet;
 mod state;
+#[cfg(feature = "stepped")]
+pub(crate) mod stepped;
 mod table;
 #[cfg(test)]
 mod tests;

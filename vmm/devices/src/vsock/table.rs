@@ -126,9 +126,16 @@ impl Table {
         self.resets.len() < MAX_RESETS
     }
 
-    #[cfg(test)]
+    /// Answers that wait for room in the guest.
+    #[cfg(any(test, feature = "stepped"))]
     pub(super) fn waiting_resets(&self) -> usize {
         self.resets.len()
+    }
+
+    /// Connections, whatever became of them.
+    #[cfg(feature = "stepped")]
+    pub(super) fn count(&self) -> usize {
+        self.connections.len()
     }
 
     /// Handles an event of the listener or a client.

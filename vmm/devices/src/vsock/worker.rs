@@ -59,7 +59,7 @@ impl Service {
             .map_err(|source| ActivateError::Host { device, source })
     }
 
-    fn try_new(
+    pub(super) fn try_new(
         table: &mut Option<Table>,
         reset_due: bool,
         activation: Activation,
@@ -85,7 +85,7 @@ impl Service {
         })
     }
 
-    fn prepare(&mut self, events: &Events) -> io::Result<()> {
+    pub(super) fn prepare(&mut self, events: &Events) -> io::Result<()> {
         events.watch_event(&self.rx.notified, RX)?;
         events.watch_event(&self.tx.notified, TX)?;
         events.watch_event(&self.event.notified, EVENT)?;
@@ -103,7 +103,7 @@ impl Service {
     }
 
     /// Sleeps, and handles what happened. False when the thread is to end.
-    fn wait(&mut self, events: &Events, timeout: Option<Duration>) -> io::Result<bool> {
+    pub(super) fn wait(&mut self, events: &Events, timeout: Option<Duration>) -> io::Result<bool> {
         let (table, rx, tx, event) = (&mut self.table, &self.rx, &self.tx, &self.event);
         events.wait(timeout, |happened| {
             // Non-blocking: empties the counter.
@@ -132,7 +132,7 @@ impl Service {
     /// Moves what can be moved without waiting. True when there is more. A
     /// driver that breaks the device gets nothing more until it resets it, and
     /// neither do the clients: they are told instead of kept waiting.
-    fn work_unless_broken(&mut self, events: &Events) -> bool {
+    pub(super) fn work_unless_broken(&mut self, events: &Events) -> bool {
         if self.table.is_closed() {
             return false;
         }
