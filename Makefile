@@ -79,7 +79,7 @@ test: ## Everything that must hold before a change lands
 lint: $(DENY) ## Formatting, lints, dependencies, documentation
 	$(call step,format)
 	cargo fmt --all --check
-	shellcheck .ci/run tests/setup tests/demo guest-kernel-config/build examples/*.sh examples/crictl/run.sh
+	shellcheck .ci/run tests/setup tests/demo tests/fuzz/run tests/fuzz/instrumented-rustc guest-kernel-config/build examples/*.sh examples/crictl/run.sh
 	$(call step,lints)
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
 	$(call step,dependencies)
@@ -96,6 +96,14 @@ unit: ## Unit tests and properties
 	$(call step,unit tests)
 	BULKHEAD_TEST_LIBEXEC=$(PREFIX)/libexec/bulkhead BULKHEAD_VIRTIOFSD=$(PREFIX)/libexec/bulkhead/virtiofsd \
 		cargo test --workspace --exclude bulkhead-e2e --quiet
+
+# Seconds for each target.
+FUZZ_SECONDS ?= 60
+
+.PHONY: fuzz
+fuzz: ## Looks for inputs that break a parser, FUZZ_SECONDS=60 for each target
+	$(call step,fuzz targets)
+	@tests/fuzz/run $(FUZZ_SECONDS) $(FUZZ_TARGETS)
 
 .PHONY: reproducible
 reproducible: ## The same inputs give the same bytes

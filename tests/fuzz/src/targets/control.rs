@@ -1,0 +1,48 @@
+//! The messages of the monitor's control socket, both ways, and the bounds of the
+//! configuration in them.
+
+use vmm_config::control::{Event, MAX_MESSAGE_BYTES, Request, decode, encode};
+use vmm_config::{MAX_FILE_SYSTEMS, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, VmConfig};
+
+/// Tries one input.
+pub fn run(data: &[u8]) {
+    let Some((&choice, packet)) = data.split_first() else {
+        return;
+    };
+    match decode::<Request>(packet) {
+        Ok(request) => {
+            assert!(packet.len() <= MAX_MESSAGE_BYTES);
+            if let Request::Boot(config) = &request {
+                validate(config, usize::from(choice));
+            }
+            let again = decode::<Request>(&encode(&request));
+            // Encoded anew it may be longer.
+            assert!(again.is_err() || again.is_ok_and(|again| again == request));
+        }
+        Err(error) => assert!(!error.to_string().is_empty()),
+    }
+    if let Ok(event) = decode::<Event>(packet) {
+        let again = decode::<Event>(&encode(&event));
+        assert!(again.is_err() || again.is_ok_and(|again| again == event));
+    }
+}
+
+/// What passes is within its bounds, and names each descriptor once.
+fn validate(config: &VmConfig, descriptors: usize) {
+    if config.validate(descriptors).is_err() {
+        return;
+    }
+    assert!(config.vcpus.boot >= 1 && config.vcpus.boot <= config.vcpus.max);
+    assert!(config.vcpus.max <= MAX_VCPUS);
+    assert!((MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&config.memory.size_mib));
+    assert!(config.file_systems.len() <= MAX_FILE_SYSTEMS);
+    let mut named = vec![config.kvm, config.boot.kernel];
+    named.extend(config.boot.initramfs);
+    named.extend(config.console.map(|console| console.output));
+    named.extend(config.vsock.map(|vsock| vsock.listener));
+    named.extend(config.file_systems.iter().map(|share| share.socket));
+    named.sort();
+    let all: Vec<_> = (0..descriptors).collect();
+    let named: Vec<_> = named.into_iter().map(|index| index.0 as usize).collect();
+    assert_eq!(named, all, "each descriptor once");
+}
