@@ -260,6 +260,22 @@ impl PodCgroup {
         self.vm.as_fd()
     }
 
+    /// Bounds what all of the pod takes of the host's memory. Its leaves share it.
+    pub fn limit_memory(&self, bytes: u64) -> Result<(), Error> {
+        let relative = self.pod.strip_prefix(&self.hierarchy);
+        let mut parent = self.hierarchy.clone();
+        // A cgroup has the controllers that its parent enables (cgroup-v2.rst,
+        // "Enabling and Disabling").
+        for name in relative.unwrap_or(Path::new("")) {
+            let control = parent.join("cgroup.subtree_control");
+            fs::write(&control, "+memory")
+                .map_err(failed("enable the memory controller of", &parent))?;
+            parent.push(name);
+        }
+        let limit = self.pod.join("memory.max");
+        fs::write(limit, bytes.to_string()).map_err(failed("limit the memory of", &self.pod))
+    }
+
     /// Moves this process into the pod's cgroup and returns where it was,
     /// relative to the hierarchy.
     pub fn adopt_self(&self) -> Result<PathBuf, Error> {

@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "a system call without a safe wrapper")]
 
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr;
 
 use rustix::io::{Errno, Result};
 
@@ -28,17 +29,32 @@ pub(super) fn disarm(tree: BorrowedFd<'_>, access: Access) -> Result<()> {
         Access::ReadOnly => (0, libc::MOUNT_ATTR_RDONLY),
         Access::ReadOnlyThroughout => (libc::MOUNT_ATTR_RDONLY, 0),
     };
-    set(tree, HARMLESS | throughout, libc::AT_RECURSIVE)?;
-    if top == 0 { Ok(()) } else { set(tree, top, 0) }
-}
-
-fn set(tree: BorrowedFd<'_>, attr_set: u64, flags: i32) -> Result<()> {
-    let attributes = MountAttr {
+    let private = |attr_set| MountAttr {
         attr_set,
         attr_clr: 0,
         propagation: libc::MS_PRIVATE,
         userns_fd: 0,
     };
+    set(tree, &private(HARMLESS | throughout), libc::AT_RECURSIVE)?;
+    if top == 0 {
+        Ok(())
+    } else {
+        set(tree, &private(top), 0)
+    }
+}
+
+/// Lets a mount be written to, and changes nothing else of it.
+pub(super) fn make_writable(mount: BorrowedFd<'_>) -> Result<()> {
+    let attributes = MountAttr {
+        attr_set: 0,
+        attr_clr: libc::MOUNT_ATTR_RDONLY,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    set(mount, &attributes, 0)
+}
+
+fn set(tree: BorrowedFd<'_>, attributes: &MountAttr, flags: i32) -> Result<()> {
     // SAFETY: the path is an empty string, the structure outlives the call and
     // its size is the one given.
     let returned = unsafe {
@@ -47,7 +63,7 @@ fn set(tree: BorrowedFd<'_>, attr_set: u64, flags: i32) -> Result<()> {
             tree.as_raw_fd(),
             c"".as_ptr(),
             libc::AT_EMPTY_PATH | flags,
-            &raw const attributes,
+            ptr::from_ref(attributes),
             size_of::<MountAttr>(),
         )
     };

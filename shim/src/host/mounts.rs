@@ -392,6 +392,16 @@ pub(super) mod tests {
         Some(directory)
     }
 
+    /// Mounts a directory at another.
+    pub(in crate::host) fn bind_mount(source: &Path, target: &Path) {
+        rustix::mount::mount_bind(source, target).expect("binds");
+    }
+
+    /// Mounts a tmpfs.
+    pub(in crate::host) fn tmpfs_at(target: &Path) {
+        mount("tmpfs", target, "tmpfs", MountFlags::empty(), None).expect("tmpfs");
+    }
+
     fn overlay(options: &[String]) -> RootFs {
         RootFs::Mounts(vec![Mount {
             kind: "overlay".to_owned(),

@@ -17,8 +17,10 @@ use super::mounts::{self, Access, RootFs};
 use super::netns::{self, Network};
 use super::record::{self, Container, Process, Record};
 use super::share::{self, Share};
+use super::source::{self, Source};
 use super::stand_in::{self, StandIn};
 use super::vm::{self, Vm, VmRequest};
+use super::volumes::{self, Placed, Volumes};
 use super::{cleanup, uid};
 
 pub use record::ExitRecord;
@@ -37,6 +39,8 @@ pub enum Error {
     Cgroup(#[from] cgroup::Error),
     Uid(#[from] uid::Error),
     Share(#[from] share::Error),
+    Source(#[from] source::Error),
+    Volume(#[from] volumes::Error),
     Network(#[from] netns::Error),
     StandIn(#[from] stand_in::Error),
     Hook(#[from] hooks::Error),
@@ -67,17 +71,21 @@ impl Error {
             Self::Cgroup(error) => matches!(error, cgroup::Error::Path { .. }),
             Self::Network(error) => matches!(error, netns::Error::HostNetwork),
             Self::Share(error) => match error {
-                share::Error::Id(_)
-                | share::Error::Exists { .. }
-                | share::Error::OpenVolume { .. }
-                | share::Error::VolumeKind { .. } => true,
+                share::Error::Id(_) | share::Error::Exists { .. } => true,
                 share::Error::RootFs(error) => is_refused_mount(error),
-                share::Error::Io { .. } | share::Error::BindVolume { .. } => false,
+                share::Error::Io { .. } => false,
+            },
+            Self::Source(error) => match error {
+                source::Error::Open { .. } | source::Error::Kind { .. } => true,
+                source::Error::Mount { .. } | source::Error::Silent { .. } => false,
             },
             Self::Order(_) => true,
-            Self::Record(_) | Self::Uid(_) | Self::StandIn(_) | Self::Hook(_) | Self::Vm(_) => {
-                false
-            }
+            Self::Record(_)
+            | Self::Uid(_)
+            | Self::StandIn(_)
+            | Self::Hook(_)
+            | Self::Vm(_)
+            | Self::Volume(_) => false,
         }
     }
 }
@@ -137,9 +145,21 @@ pub struct HostPod {
     former_cgroup: PathBuf,
     uid: u32,
     share: Share,
+    volumes: Volumes,
     network: Option<OwnedFd>,
     /// By container: those that a killed shim leaves unrun are lost with it.
     hooks: BTreeMap<String, ContainerHooks>,
+}
+
+/// What a pod may take of the host's memory: a bound on what goes wrong, which a
+/// guest must not reach by what it may do, or the host would end it.
+///
+/// That is its RAM; for each inode that it has cached, of which it holds 1 KiB,
+/// the host's own, pinned by a descriptor of the file server, with up to 2 KiB;
+/// and the processes themselves. The host's page cache is given back in time.
+fn memory_limit(memory: vmm_config::Memory) -> u64 {
+    const PROCESSES_MIB: u64 = 256;
+    (3 * u64::from(memory.size_mib) + PROCESSES_MIB) << 20
 }
 
 /// What [`HostPod::create`] makes.
@@ -180,6 +200,7 @@ impl HostPod {
             cgroup: parts.cgroup,
             former_cgroup: parts.former_cgroup,
             uid: parts.uid,
+            volumes: Volumes::new(parts.share.path()),
             share: parts.share,
             network: None,
             hooks: BTreeMap::new(),
@@ -236,6 +257,11 @@ impl HostPod {
         installation: &Installation,
         request: VmRequest,
     ) -> Result<Vm, Error> {
+        let most = memory_limit(request.memory);
+        if let Err(error) = self.cgroup.limit_memory(most) {
+            // The VM's size bounds nearly all of it in any case.
+            tracing::warn!("the pod's memory on the host is not limited: {error}");
+        }
         let installed = installation.open().map_err(vm::Error::from)?;
         let kvm = install::open_kvm().map_err(vm::Error::from)?;
         self.start_processes(installed, kvm, request)
@@ -256,6 +282,9 @@ impl HostPod {
         let vm = Vm::start(place, installed, kvm, request)?;
         self.record.monitor = Some(Process::of(vm.monitor.pid()));
         self.record.file_server = Some(Process::of(vm.file_server.pid()));
+        let server = vm.file_server.pidfd().try_clone_to_owned();
+        self.volumes
+            .set_server(server.map_err(vm::duplicate_failed)?);
         self.save()?;
         Ok(vm)
     }
@@ -311,11 +340,15 @@ impl HostPod {
         }
     }
 
-    /// Brings a file or directory of the host into the share, once per pod and
-    /// access, and returns its path relative to the share (`volumes/N`).
-    /// Volumes live as long as the pod.
-    pub fn add_volume(&mut self, source: &Path, access: Access) -> Result<PathBuf, Error> {
-        Ok(self.share.add_volume(source, access)?)
+    /// Brings a source into the share, once per pod, with what is mounted below
+    /// it if `recursive`, and tells where it is. Volumes live as long as the pod.
+    pub fn add_volume(
+        &mut self,
+        source: &Source,
+        access: Access,
+        recursive: bool,
+    ) -> Result<Placed, Error> {
+        Ok(self.volumes.place(source, access, recursive)?)
     }
 
     /// Starts the host process whose pid the clients see: for a container's

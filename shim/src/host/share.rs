@@ -7,20 +7,18 @@
 //!
 //! ```text
 //! share/containers/ID/rootfs    a container's root file system
-//! share/volumes/N               a volume source, directory or file
+//! share/volumes/N               a volume, directory or file: see `volumes`
 //! ```
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, OFlags, fstat, open};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use thiserror::Error;
 
 use super::directory;
-use super::mounts::{self, Access, RootFs};
+use super::mounts::{self, RootFs};
 
 /// Why something cannot be brought into the share or out of it.
 #[derive(Debug, Error)]
@@ -48,34 +46,6 @@ pub enum Error {
     /// The root file system cannot be mounted.
     #[error(transparent)]
     RootFs(#[from] mounts::Error),
-    /// A volume source that is not there or cannot be opened.
-    #[error("open mount source {path}")]
-    OpenVolume {
-        /// As in the spec.
-        path: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// A volume source that cannot be shared with a VM.
-    #[error(
-        "mount source {path} is a {kind} of the host, which cannot reach into a VM: mount a file or a directory"
-    )]
-    VolumeKind {
-        /// As in the spec.
-        path: PathBuf,
-        /// As in "Unix socket".
-        kind: &'static str,
-    },
-    /// A volume source cannot be mounted into the share.
-    #[error("bind mount source {path} into the pod's share")]
-    BindVolume {
-        /// As in the spec.
-        path: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
 }
 
 fn failed<E: Into<io::Error>>(operation: &'static str, path: &Path) -> impl FnOnce(E) -> Error {
@@ -86,15 +56,10 @@ fn failed<E: Into<io::Error>>(operation: &'static str, path: &Path) -> impl FnOn
     }
 }
 
-/// Identifies a volume: two binds of one directory may differ in their flags and
-/// submounts, so the path counts too.
-type VolumeKey = (u64, u64, PathBuf, Access);
-
 /// A pod's share. Dropping it unmounts nothing: see [`remove`].
 #[derive(Debug)]
 pub struct Share {
     path: PathBuf,
-    volumes: BTreeMap<VolumeKey, PathBuf>,
 }
 
 impl Share {
@@ -109,7 +74,6 @@ impl Share {
             .map_err(failed("mount", path))?;
         let share = Self {
             path: path.to_owned(),
-            volumes: BTreeMap::new(),
         };
         share.furnish().inspect_err(|_| {
             let _ = mounts::unmount_all(path);
@@ -167,71 +131,10 @@ impl Share {
         }
         Ok(relative_rootfs(container_id))
     }
-
-    /// Brings a file or directory of the host into the share, with what is
-    /// mounted below it now, and returns its path relative to the share. The
-    /// same source with the same access gives the same path again.
-    ///
-    /// Access is denied here and not in the guest only: a guest that was taken
-    /// over would ask the file server directly.
-    pub fn add_volume(&mut self, source: &Path, access: Access) -> Result<PathBuf, Error> {
-        let failed_open = |error: io::Error| Error::OpenVolume {
-            path: source.to_owned(),
-            source: error,
-        };
-        let canonical = fs::canonicalize(source).map_err(failed_open)?;
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let opened = open(&canonical, flags, Mode::empty()).map_err(|e| failed_open(e.into()))?;
-        let stat = fstat(&opened).map_err(|e| failed_open(e.into()))?;
-        let is_directory = match FileType::from_raw_mode(stat.st_mode) {
-            FileType::Directory => true,
-            FileType::RegularFile => false,
-            other => {
-                return Err(Error::VolumeKind {
-                    path: source.to_owned(),
-                    kind: kind_name(other),
-                });
-            }
-        };
-        let key = (stat.st_dev, stat.st_ino, canonical, access);
-        if let Some(relative) = self.volumes.get(&key) {
-            return Ok(relative.clone());
-        }
-        let relative = Path::new("volumes").join(self.volumes.len().to_string());
-        let target = self.path.join(&relative);
-        if is_directory {
-            fs::create_dir(&target).map_err(failed("make directory", &target))?;
-        } else {
-            fs::write(&target, "").map_err(failed("make file", &target))?;
-        }
-        if let Err(error) = mounts::attach_copy(&opened, &target, true, access) {
-            let _ = if is_directory {
-                fs::remove_dir(&target)
-            } else {
-                fs::remove_file(&target)
-            };
-            return Err(Error::BindVolume {
-                path: source.to_owned(),
-                source: error.into(),
-            });
-        }
-        self.volumes.insert(key, relative.clone());
-        Ok(relative)
-    }
 }
 
 fn relative_rootfs(container_id: &str) -> PathBuf {
     Path::new("containers").join(container_id).join("rootfs")
-}
-
-fn kind_name(kind: FileType) -> &'static str {
-    match kind {
-        FileType::Socket => "Unix socket",
-        FileType::BlockDevice => "block device",
-        FileType::CharacterDevice => "character device",
-        FileType::Fifo => "named pipe",
-        _ => "special file",
-    }
 }
 
 /// Unmounts a container's root file system from the share at `share` and
@@ -274,8 +177,9 @@ pub fn remove(share: &Path) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::mounts::tests::private_mounts;
-    use std::os::unix::net::UnixListener;
+    use crate::host::mounts::{Access, tests::private_mounts};
+    use crate::host::source::Source;
+    use crate::host::volumes::Volumes;
 
     fn make(base: &Path, name: &str) -> PathBuf {
         let path = base.join(name);
@@ -319,76 +223,18 @@ mod tests {
     }
 
     #[test]
-    fn add_volume_twice_is_one_and_each_kind_is_checked() {
-        let Some(base) = private_mounts() else { return };
-        let (directory, file) = (make(base.path(), "d"), base.path().join("f"));
-        fs::write(&file, "content").expect("writes");
-        std::os::unix::fs::symlink("d", base.path().join("link")).expect("links");
-        let _socket = UnixListener::bind(base.path().join("s")).expect("binds");
-        let mut share = Share::create(&base.path().join("share")).expect("creates");
-        let first = share
-            .add_volume(&directory, Access::Writable)
-            .expect("adds");
-        assert_eq!(
-            share
-                .add_volume(&base.path().join("link"), Access::Writable)
-                .expect("adds"),
-            first
-        );
-        let second = share.add_volume(&file, Access::Writable).expect("adds");
-        assert_ne!(second, first);
-        assert_eq!(
-            fs::read(share.path().join(second)).expect("reads"),
-            b"content"
-        );
-        let refused = |share: &mut Share, path: &Path| {
-            share
-                .add_volume(path, Access::Writable)
-                .expect_err("is refused")
-                .to_string()
-        };
-        assert!(refused(&mut share, &base.path().join("s")).contains("Unix socket"));
-        assert!(refused(&mut share, Path::new("/dev/null")).contains("character device"));
-        assert!(refused(&mut share, &base.path().join("gone")).contains("gone"));
-    }
-
-    #[test]
-    fn add_volume_read_only_is_read_only_on_the_host_beside_a_writable_one() {
-        let Some(base) = private_mounts() else { return };
-        let source = make(base.path(), "source");
-        let below = make(base.path(), "source/below");
-        let flags = MountFlags::empty();
-        mount("below", &below, "tmpfs", flags, None).expect("mounts");
-        let mut share = Share::create(&base.path().join("share")).expect("creates");
-        let mut add = |access| {
-            let relative = share.add_volume(&source, access).expect("adds");
-            share.path().join(relative)
-        };
-        let writable = add(Access::Writable);
-        let read_only = add(Access::ReadOnly);
-        let throughout = add(Access::ReadOnlyThroughout);
-        assert_eq!(add(Access::ReadOnly), read_only);
-
-        let write = |path: &Path| fs::write(path.join("file"), "x").map_err(|e| e.kind());
-        let refused = Err(io::ErrorKind::ReadOnlyFilesystem);
-        assert_eq!(write(&read_only), refused);
-        assert_eq!(write(&read_only.join("below")), Ok(()));
-        assert_eq!(write(&throughout), refused);
-        assert_eq!(write(&throughout.join("below")), refused);
-        assert_eq!(write(&writable), Ok(()));
-        assert_eq!(write(&source), Ok(()), "the source itself is as it was");
-    }
-
-    #[test]
     fn remove_with_busy_mounts_leaves_no_mount() {
         let Some(base) = private_mounts() else { return };
         let source = make(base.path(), "source");
         let path = base.path().join("share");
-        let mut share = Share::create(&path).expect("creates");
+        let share = Share::create(&path).expect("creates");
         share
             .add_container("c1", &RootFs::Premounted(source.clone()))
             .expect("adds");
-        share.add_volume(&source, Access::Writable).expect("adds");
+        let volume = Source::open(&source).expect("opens");
+        Volumes::new(&path)
+            .place(&volume, Access::Writable, true)
+            .expect("places");
         let _busy = fs::File::open(share.rootfs("c1")).expect("opens");
         remove(&path).expect("removes");
         remove(&path).expect("removes what is not there");

@@ -1,5 +1,6 @@
 //! One container of a pod, which is one task of containerd's.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -23,9 +24,14 @@ use crate::host;
 use crate::host::deadline::Deadline;
 use crate::host::mounts::{Access, Mount, RootFs};
 use crate::host::pod::ContainerRequest;
-use crate::spec::{GuestSpec, HostView, Membership, Volumes};
+use crate::host::source::{self, Source};
+use crate::host::volumes::Placed;
+use crate::spec::{GuestSpec, HostView, IntoJsonError, Membership, Volumes};
 use crate::stdio::{Io, Opened, Plan};
 use crate::task::{Exit, Lifecycle, WrongState};
+
+/// How long the server of a volume's file system may take to show the volume.
+const SOURCE_TIMEOUT: Duration = Duration::from_secs(20);
 
 const SIGINT: u32 = libc::SIGINT.unsigned_abs();
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
@@ -141,6 +147,11 @@ impl Container {
         host_view: HostView,
         guest_spec: GuestSpec,
     ) -> Result<(u32, Vec<u8>), Error> {
+        // The pause container runs nowhere: it needs no volumes.
+        let opened = match host_view.membership {
+            Membership::Sandbox => BTreeMap::new(),
+            Membership::Alone | Membership::Member { .. } => open_sources(&guest_spec).await?,
+        };
         let work = move |host: &mut dyn HostSide| {
             let id = request.id.clone();
             let rootfs = request.rootfs(&host_view.root);
@@ -150,11 +161,11 @@ impl Container {
                 rootfs,
                 hooks: host_view.hooks,
             })?;
-            // The pause container runs nowhere: it needs no volumes.
             let spec_json = match host_view.membership {
                 Membership::Sandbox => Vec::new(),
                 Membership::Alone | Membership::Member { .. } => {
-                    guest_spec.into_json(&mut PodVolumes(host))?
+                    let opened = &opened;
+                    guest_spec.into_json(&mut PodVolumes { host, opened })?
                 }
             };
             let pid = host.start_stand_in(&init_of(&id))?;
@@ -532,12 +543,49 @@ fn init_of(container_id: &str) -> ProcessId {
     }
 }
 
-struct PodVolumes<'a>(&'a mut dyn HostSide);
+/// The sources that a container binds, looked at with nobody waiting for it.
+async fn open_sources(guest_spec: &GuestSpec) -> Result<BTreeMap<PathBuf, Source>, Error> {
+    let mut opened = BTreeMap::new();
+    for (index, path) in guest_spec.bind_sources() {
+        let refused = |source: source::Error| IntoJsonError::Volume {
+            index,
+            path: path.clone(),
+            source: host::pod::Error::from(source),
+        };
+        if opened.contains_key(&path) {
+            continue;
+        }
+        let (tell, told) = tokio::sync::oneshot::channel();
+        let wanted = path.clone();
+        // A thread that nobody joins: it may wait for a server for ever.
+        std::thread::spawn(move || tell.send(Source::open(&wanted)));
+        let source = match timeout(SOURCE_TIMEOUT, told).await {
+            Ok(Ok(source)) => source.map_err(refused)?,
+            _ => return Err(refused(source::Error::Silent { path: path.clone() }).into()),
+        };
+        opened.insert(path, source);
+    }
+    Ok(opened)
+}
+
+struct PodVolumes<'a> {
+    host: &'a mut dyn HostSide,
+    opened: &'a BTreeMap<PathBuf, Source>,
+}
 
 impl Volumes for PodVolumes<'_> {
     type Error = host::pod::Error;
 
-    fn add(&mut self, source: &std::path::Path, access: Access) -> Result<PathBuf, Self::Error> {
-        self.0.add_volume(source, access)
+    fn add(
+        &mut self,
+        source: &std::path::Path,
+        access: Access,
+        recursive: bool,
+    ) -> Result<Placed, Self::Error> {
+        let Some(opened) = self.opened.get(source) else {
+            let path = source.to_owned();
+            return Err(source::Error::Silent { path }.into());
+        };
+        self.host.add_volume(opened, access, recursive)
     }
 }

@@ -2,12 +2,12 @@
 //! bring another.
 
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use agent_protocol::api::ProcessId;
-use vmm_config::{Memory, Vcpus};
 
 use super::machine::Machine;
+use super::size::Size;
 use super::supervise::supervise;
 use crate::bootstrap::socket_path;
 use crate::host::cgroup::CgroupPath;
@@ -17,24 +17,26 @@ use crate::host::install::Installation;
 use crate::host::mounts::Access;
 use crate::host::netns::Network;
 use crate::host::pod::{ContainerRequest, Error, ExitRecord, HostPod};
+use crate::host::source::Source;
 use crate::host::stand_in::StandIn;
 use crate::host::vm::VmRequest;
-
-/// vCPUs of every pod, until pods are sized by what they ask for.
-pub const VCPUS: Vcpus = Vcpus { boot: 1, max: 1 };
-/// Memory of every pod, until pods are sized by what they ask for.
-pub const MEMORY: Memory = Memory { size_mib: 512 };
+use crate::host::volumes::Placed;
 
 /// The host's part of a pod. Everything blocks; errors are the host's own.
 pub trait HostSide: Send + 'static {
     /// Starts the VM; the guest boots meanwhile. Inside a tokio runtime.
-    fn start_vm(&mut self, vsock_listener: OwnedFd) -> Result<Machine, StartError>;
+    fn start_vm(&mut self, vsock_listener: OwnedFd, size: Size) -> Result<Machine, StartError>;
     /// [`HostPod::set_network`].
     fn set_network(&mut self, network: &Network) -> Result<(), Error>;
     /// [`HostPod::add_container`].
     fn add_container(&mut self, request: ContainerRequest) -> Result<PathBuf, Error>;
     /// [`HostPod::add_volume`].
-    fn add_volume(&mut self, source: &Path, access: Access) -> Result<PathBuf, Error>;
+    fn add_volume(
+        &mut self,
+        source: &Source,
+        access: Access,
+        recursive: bool,
+    ) -> Result<Placed, Error>;
     /// [`HostPod::start_stand_in`]; returns its pid.
     fn start_stand_in(&mut self, process: &ProcessId) -> Result<u32, Error>;
     /// [`HostPod::end_stand_in`]. Idempotent.
@@ -92,10 +94,10 @@ struct Real {
 }
 
 impl HostSide for Real {
-    fn start_vm(&mut self, vsock_listener: OwnedFd) -> Result<Machine, StartError> {
+    fn start_vm(&mut self, vsock_listener: OwnedFd, size: Size) -> Result<Machine, StartError> {
         let request = VmRequest {
-            vcpus: VCPUS,
-            memory: MEMORY,
+            vcpus: size.vcpus,
+            memory: size.memory,
             command_line: String::new(),
             vsock_listener,
             console: None,
@@ -112,8 +114,13 @@ impl HostSide for Real {
         self.pod.add_container(request)
     }
 
-    fn add_volume(&mut self, source: &Path, access: Access) -> Result<PathBuf, Error> {
-        self.pod.add_volume(source, access)
+    fn add_volume(
+        &mut self,
+        source: &Source,
+        access: Access,
+        recursive: bool,
+    ) -> Result<Placed, Error> {
+        self.pod.add_volume(source, access, recursive)
     }
 
     fn start_stand_in(&mut self, process: &ProcessId) -> Result<u32, Error> {

@@ -8,6 +8,7 @@ pub mod host_side;
 pub mod machine;
 mod printable;
 pub mod process;
+pub mod size;
 mod supervise;
 pub mod vsock;
 
@@ -30,6 +31,7 @@ use crate::stdio;
 use agent::Agent;
 use host_side::{HostSide, Maker, StartError};
 use machine::{End, Machine};
+use size::Size;
 use vsock::Vsock;
 
 /// How long a guest may take to boot. On hardware it is a fraction of a second;
@@ -131,9 +133,10 @@ impl Pod {
             shm_size_bytes: shm_size(first)?,
         };
         let vsock_path = paths.vsock_socket();
+        let size = Size::of(&first.membership, first.limits, size::Host::this());
         let started = blocking(move || {
             let mut host = make(cgroup)?;
-            match start(host.as_mut(), &vsock_path, &network) {
+            match start(host.as_mut(), &vsock_path, &network, size) {
                 Ok((machine, vsock)) => Ok((host, machine, vsock)),
                 Err(error) => {
                     destroyed(host.destroy());
@@ -296,9 +299,10 @@ fn start(
     host: &mut dyn HostSide,
     vsock_path: &std::path::Path,
     network: &Network,
+    size: Size,
 ) -> Result<(Machine, Vsock), Error> {
     let (vsock, listener) = Vsock::listen(vsock_path)?;
-    let machine = host.start_vm(listener.into())?;
+    let machine = host.start_vm(listener.into(), size)?;
     // The guest boots meanwhile.
     host.set_network(network)?;
     Ok((machine, vsock))

@@ -1,6 +1,7 @@
 //! A container's OCI configuration: read from its bundle, split into what the
 //! host does and what the guest gets.
 
+mod binds;
 mod hooks;
 mod membership;
 mod rewrite;
@@ -12,8 +13,9 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use thiserror::Error;
 
+pub use binds::Volumes;
 pub use membership::Membership;
-pub use rewrite::{GuestSpec, HostView, IntoJsonError, Volumes};
+pub use rewrite::{GuestSpec, HostView, IntoJsonError};
 
 /// Largest `config.json` that is read: far above any real one (the default
 /// specs have 10 KiB), and bounded because a client wrote it.

@@ -5,20 +5,10 @@ use std::path::{Path, PathBuf};
 use agent_protocol::{POD_DIR, SHARE_DIR};
 use serde_json::{Value, json};
 
+use super::binds::{self, Volumes, is_bind};
 use super::{Error, Membership, hooks, text};
-use crate::host::mounts::Access;
 use crate::host::pod::ContainerHooks;
-
-/// Brings a file or directory of the host into the share.
-///
-/// The pod gives [`crate::host::pod::HostPod::add_volume`]; tests give a map.
-pub trait Volumes {
-    /// Why a source cannot be shared.
-    type Error;
-    /// Shares `source`, once per pod and access, and returns its path below the
-    /// share.
-    fn add(&mut self, source: &Path, access: Access) -> Result<PathBuf, Self::Error>;
-}
+use crate::pod::size::Limits;
 
 /// What the host does with a configuration.
 #[derive(Debug)]
@@ -37,6 +27,8 @@ pub struct HostView {
     pub network_path: Option<PathBuf>,
     /// The CRI's `/dev/shm` on the host, whose size the pod's gets.
     pub shm_source: Option<PathBuf>,
+    /// What `linux.resources` limits it to.
+    pub limits: Limits,
     /// Whether the container has a PID namespace of its own, with which all its
     /// processes end.
     pub own_pid_namespace: bool,
@@ -81,6 +73,7 @@ impl GuestSpec {
                 .map(str::to_owned),
             network_path: namespaces.network_path,
             shm_source: shm_source.clone(),
+            limits: Limits::of(&spec),
             own_pid_namespace: namespaces.own_pid,
             membership,
         };
@@ -90,6 +83,12 @@ impl GuestSpec {
             shm_source,
         };
         Ok((host, guest))
+    }
+
+    /// The files and directories of the host that are to be shared, each with the
+    /// index of the mount that names it.
+    pub fn bind_sources(&self) -> Vec<(usize, PathBuf)> {
+        binds::sources(&self.spec["mounts"], self.shm_source.as_deref())
     }
 
     /// Replaces every path of the host by its path in the guest, and returns
@@ -111,12 +110,15 @@ impl GuestSpec {
             .get_mut("mounts")
             .filter(|mounts| !mounts.is_null())
         {
-            let mounts = mounts
-                .as_array_mut()
-                .ok_or_else(|| Error::field("mounts", "is not a list"))?;
-            for (index, mount) in mounts.iter_mut().enumerate() {
-                rewrite_mount(mount, index, self.shm_source.as_deref(), volumes)?;
+            let Value::Array(asked) = mounts.take() else {
+                return Err(Error::field("mounts", "is not a list").into());
+            };
+            let mut rewritten = Vec::with_capacity(asked.len());
+            let shm_source = self.shm_source.as_deref();
+            for (index, mount) in asked.into_iter().enumerate() {
+                binds::rewrite(mount, index, shm_source, volumes, &mut rewritten)?;
             }
+            *mounts = Value::Array(rewritten);
         }
         Ok(self.spec.to_string().into_bytes())
     }
@@ -139,64 +141,6 @@ pub enum IntoJsonError<E> {
         #[source]
         source: E,
     },
-}
-
-fn rewrite_mount<V: Volumes>(
-    mount: &mut Value,
-    index: usize,
-    shm_source: Option<&Path>,
-    volumes: &mut V,
-) -> Result<(), IntoJsonError<V::Error>> {
-    if !is_bind(mount) {
-        return Ok(());
-    }
-    let source = PathBuf::from(text(mount, "/source").unwrap_or_default());
-    if !source.is_absolute() {
-        return Err(Error::field(
-            format!("mounts[{index}].source"),
-            format!("{} is not an absolute path", source.display()),
-        )
-        .into());
-    }
-    let is_shm =
-        text(mount, "/destination") == Some("/dev/shm") && Some(source.as_path()) == shm_source;
-    let in_guest = if is_shm {
-        format!("{POD_DIR}/shm")
-    } else {
-        let shared =
-            volumes
-                .add(&source, access(mount))
-                .map_err(|error| IntoJsonError::Volume {
-                    index,
-                    path: source.clone(),
-                    source: error,
-                })?;
-        format!("{SHARE_DIR}/{}", shared.display())
-    };
-    mount["source"] = json!(in_guest);
-    Ok(())
-}
-
-fn options(mount: &Value) -> impl DoubleEndedIterator<Item = &str> {
-    let options = mount.get("options").and_then(Value::as_array);
-    options.into_iter().flatten().filter_map(Value::as_str)
-}
-
-fn is_bind(mount: &Value) -> bool {
-    options(mount).any(|option| matches!(option, "bind" | "rbind"))
-        || text(mount, "/type") == Some("bind")
-}
-
-/// What the guest may write to of a bind mount: the last word counts, and a
-/// recursive one, which is applied later, more than another (mount(8); OCI
-/// runtime-spec, config.md, "Linux mount options").
-fn access(mount: &Value) -> Access {
-    let last = |words: [&str; 2]| options(mount).rfind(|option| words.contains(option));
-    match (last(["rro", "rrw"]), last(["ro", "rw"])) {
-        (Some("rro"), _) => Access::ReadOnlyThroughout,
-        (None, Some("ro")) => Access::ReadOnly,
-        _ => Access::Writable,
-    }
 }
 
 /// The tmpfs that CRI mounts on the host as its pods' `/dev/shm`

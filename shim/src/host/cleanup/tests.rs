@@ -22,6 +22,7 @@ use crate::host::mounts::tests::private_mounts;
 use crate::host::mounts::{Access, RootFs};
 use crate::host::netns::Network;
 use crate::host::pod::{ContainerHooks, ContainerRequest, HostPod};
+use crate::host::source::Source;
 use crate::host::stand_in;
 use crate::host::vm::VmRequest;
 
@@ -171,7 +172,8 @@ fn play_shim(scene: &Scene) {
         let hooks = host.create_runtime_hooks(id).expect("are noted");
         hooks.run_until_failure().expect("run");
     }
-    host.add_volume(&scene.base.join("rootfs"), Access::ReadOnly)
+    let volume = Source::open(&scene.base.join("rootfs")).expect("opens");
+    host.add_volume(&volume, Access::ReadOnly, true)
         .expect("adds");
     let exit = ExitRecord {
         status: 7,

@@ -90,6 +90,11 @@ fn prepare<E: Into<io::Error>>(
     }
 }
 
+/// A descriptor of the file server's cannot be kept.
+pub(super) fn duplicate_failed(source: io::Error) -> Error {
+    prepare("duplicate the pidfd", "virtiofsd")(source)
+}
+
 /// What the VM is to be.
 #[derive(Debug)]
 pub struct VmRequest {

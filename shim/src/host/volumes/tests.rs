@@ -1,0 +1,234 @@
+use super::*;
+use crate::host::mounts::tests::{bind_mount, private_mounts, tmpfs_at};
+use crate::host::share::Share;
+
+use Access::{ReadOnly, ReadOnlyThroughout, Writable};
+
+/// Directories of the host, and a pod's volumes of them.
+struct Scene {
+    base: tempfile::TempDir,
+    volumes: Volumes,
+}
+
+impl Scene {
+    fn new() -> Option<Self> {
+        let base = private_mounts()?;
+        let share = Share::create(&base.path().join("share")).expect("creates");
+        let volumes = Volumes::new(share.path());
+        Some(Self { base, volumes })
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.base.path().join(name)
+    }
+
+    fn make(&self, name: &str) -> PathBuf {
+        fs::create_dir_all(self.at(name)).expect("makes");
+        self.at(name)
+    }
+
+    fn place(&mut self, name: &str, access: Access) -> Placed {
+        let source = Source::open(&self.at(name)).expect("opens");
+        self.volumes.place(&source, access, true).expect("places")
+    }
+
+    fn path(&mut self, name: &str, access: Access) -> String {
+        let placed = self.place(name, access);
+        assert_eq!(placed.below, []);
+        placed.path.display().to_string()
+    }
+
+    fn write(&self, path: &Path) -> Result<(), io::ErrorKind> {
+        let file = self.at("share").join(path).join("written");
+        fs::write(file, "x").map_err(|error| error.kind())
+    }
+}
+
+const REFUSED: Result<(), io::ErrorKind> = Err(io::ErrorKind::ReadOnlyFilesystem);
+
+fn below(at: &str, path: &str, is_mount: bool) -> PlacedBelow {
+    PlacedBelow {
+        at: at.into(),
+        path: path.into(),
+        read_only: false,
+        is_mount,
+    }
+}
+
+#[test]
+fn place_by_any_name_mount_and_access_is_one_volume() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    scene.make("volume/sub");
+    std::os::unix::fs::symlink("volume", scene.at("link")).expect("links");
+    fs::write(scene.at("volume/sub/file"), "content").expect("writes");
+    bind_mount(&scene.at("volume"), &scene.make("again"));
+    bind_mount(&scene.at("volume/sub"), &scene.make("subpath"));
+
+    let first = scene.path("volume", Writable);
+    assert_eq!(scene.path("link", ReadOnly), first);
+    assert_eq!(scene.path("again", ReadOnlyThroughout), first);
+    assert_eq!(scene.path("subpath", Writable), format!("{first}/sub"));
+    assert_eq!(
+        scene.path("volume/sub/file", ReadOnly),
+        format!("{first}/sub/file")
+    );
+    assert_eq!(
+        fs::read_dir(scene.at("share/volumes"))
+            .expect("lists")
+            .count(),
+        1
+    );
+    let content = fs::read(scene.at("share").join(first).join("sub/file"));
+    assert_eq!(content.expect("reads"), b"content");
+}
+
+#[test]
+fn place_read_only_is_read_only_on_the_host_until_one_may_write() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    scene.make("volume");
+    let path = PathBuf::from(scene.path("volume", ReadOnly));
+    assert_eq!(scene.write(&path), REFUSED);
+    let busy = fs::File::open(scene.at("share").join(&path)).expect("opens");
+    assert_eq!(scene.path("volume", Writable), path.display().to_string());
+    assert_eq!(scene.write(&path), Ok(()));
+    assert_eq!(scene.path("volume", ReadOnly), path.display().to_string());
+    assert_eq!(scene.write(&path), Ok(()), "others may still write");
+    drop(busy);
+}
+
+#[test]
+fn place_writable_inside_a_read_only_volume_leaves_the_rest_read_only() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    scene.make("volume/sub");
+    let whole = PathBuf::from(scene.path("volume", ReadOnly));
+    let sub = PathBuf::from(scene.path("volume/sub", Writable));
+    assert_eq!(scene.write(&sub), Ok(()));
+    assert_eq!(scene.write(&whole), REFUSED);
+    assert_eq!(scene.write(&whole.join("sub")), REFUSED);
+    // Who comes later sees the directory as the others do.
+    let placed = scene.place("volume", ReadOnly);
+    assert_eq!(placed.path, whole);
+    assert_eq!(placed.below, [below("sub", "volumes/1", false)]);
+}
+
+#[test]
+fn place_around_a_volume_has_it_mounted_over_in_the_guest() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    scene.make("volume/a/b");
+    let inner = PathBuf::from(scene.path("volume/a/b", ReadOnly));
+    let placed = scene.place("volume", Writable);
+    assert_eq!(placed.path, Path::new("volumes/1"));
+    assert_eq!(placed.below, [below("a/b", "volumes/0", false)]);
+    assert_eq!(
+        scene.write(&inner),
+        Ok(()),
+        "it is part of what may be written"
+    );
+    // The innermost counts.
+    assert_eq!(scene.path("volume/a/b", Writable), "volumes/0");
+    assert_eq!(
+        scene.place("volume/a", Writable).below,
+        [below("b", "volumes/0", false)]
+    );
+}
+
+#[test]
+fn place_with_mounts_below_makes_each_a_volume() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    tmpfs_at(&scene.make("volume/a"));
+    tmpfs_at(&scene.make("volume/a/b"));
+    let placed = scene.place("volume", ReadOnly);
+    let both = [
+        below("a", "volumes/1", true),
+        below("a/b", "volumes/2", true),
+    ];
+    assert_eq!(placed.below, both);
+    let write = |scene: &Scene, path: &str| scene.write(Path::new(path));
+    assert_eq!(write(&scene, "volumes/0"), REFUSED);
+    assert_eq!(
+        write(&scene, "volumes/1"),
+        Ok(()),
+        "only the source is read-only"
+    );
+    assert!(
+        !scene.at("share/volumes/0/a/b").exists(),
+        "is not recursive"
+    );
+    assert_eq!(scene.path("volume/a/b", ReadOnlyThroughout), "volumes/2");
+
+    let source = Source::open(&scene.at("volume")).expect("opens");
+    let alone = scene
+        .volumes
+        .place(&source, ReadOnly, false)
+        .expect("places");
+    assert_eq!(alone.below, []);
+}
+
+#[test]
+fn place_throughout_read_only_denies_what_is_mounted_below() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    tmpfs_at(&scene.make("volume/a"));
+    scene.place("volume", ReadOnlyThroughout);
+    assert_eq!(scene.write(Path::new("volumes/1")), REFUSED);
+}
+
+#[test]
+fn place_by_a_read_only_mount_of_the_host_tells_the_guest() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    scene.make("volume");
+    let read_only = scene.make("read-only");
+    bind_mount(&scene.at("volume"), &read_only);
+    rustix::mount::mount_remount(
+        &read_only,
+        rustix::mount::MountFlags::BIND | rustix::mount::MountFlags::RDONLY,
+        "",
+    )
+    .expect("remounts");
+    let placed = scene.place("read-only", Writable);
+    assert!(placed.read_only);
+    assert_eq!(scene.write(&placed.path), REFUSED);
+    let writable = scene.place("volume", Writable);
+    assert_eq!((&writable.path, writable.read_only), (&placed.path, false));
+    assert_eq!(scene.write(&placed.path), Ok(()));
+}
+
+#[test]
+fn place_of_what_was_made_anew_is_another_volume() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let volume = scene.make("volume");
+    assert_eq!(scene.path("volume", Writable), "volumes/0");
+    // So that the new one cannot get the old one's number.
+    fs::rename(&volume, scene.at("old")).expect("renames");
+    fs::create_dir(&volume).expect("makes");
+    assert_eq!(scene.path("volume", Writable), "volumes/1");
+    assert_eq!(scene.path("volume", ReadOnly), "volumes/1");
+}
+
+#[test]
+fn place_through_a_link_that_the_guest_could_make_is_not_taken() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    scene.make("volume");
+    scene.make("secret");
+    assert_eq!(scene.path("volume", Writable), "volumes/0");
+    std::os::unix::fs::symlink("../secret", scene.at("volume/link")).expect("links");
+    // Opened by its name, a link leads where it leads on the host.
+    assert_eq!(scene.path("volume/link", Writable), "volumes/1");
+}

@@ -1,0 +1,132 @@
+use std::convert::Infallible;
+
+use super::*;
+
+/// Answers every request with the same, and remembers it.
+struct Fixed(Placed, Vec<(PathBuf, Access, bool)>);
+
+impl Fixed {
+    fn new(below: &[PlacedBelow]) -> Self {
+        let placed = Placed {
+            path: "volumes/0".into(),
+            read_only: false,
+            below: below.to_vec(),
+        };
+        Self(placed, Vec::new())
+    }
+}
+
+impl Volumes for Fixed {
+    type Error = Infallible;
+
+    fn add(
+        &mut self,
+        source: &Path,
+        access: Access,
+        recursive: bool,
+    ) -> Result<Placed, Infallible> {
+        self.1.push((source.to_owned(), access, recursive));
+        Ok(self.0.clone())
+    }
+}
+
+fn bind(options: &[&str]) -> Value {
+    json!({"destination": "/d", "type": "bind", "source": "/host/a", "options": options})
+}
+
+fn rewritten(mount: Value, volumes: &mut Fixed) -> Vec<Value> {
+    let mut mounts = Vec::new();
+    rewrite(mount, 0, None, volumes, &mut mounts).expect("rewrites");
+    mounts
+}
+
+fn below(at: &str, path: &str, is_mount: bool) -> PlacedBelow {
+    PlacedBelow {
+        at: at.into(),
+        path: path.into(),
+        read_only: false,
+        is_mount,
+    }
+}
+
+#[test]
+fn rewrite_asks_for_the_access_that_the_options_say() {
+    use Access::{ReadOnly, ReadOnlyThroughout, Writable};
+
+    for (options, access, recursive) in [
+        (&["rbind"][..], Writable, true),
+        (&["bind", "ro", "rw"], Writable, false),
+        (&["rbind", "rw", "ro"], ReadOnly, true),
+        (&["rbind", "ro", "rro"], ReadOnlyThroughout, true),
+        (&["rbind", "bind", "rro", "rw"], ReadOnlyThroughout, false),
+        (&["rbind", "rrw", "ro"], Writable, true),
+    ] {
+        let mut volumes = Fixed::new(&[]);
+        rewritten(bind(options), &mut volumes);
+        assert_eq!(volumes.1, [("/host/a".into(), access, recursive)]);
+    }
+}
+
+#[test]
+fn rewrite_keeps_the_options_for_the_guest() {
+    let options = ["rbind", "ro", "nosuid", "rro", "rprivate"];
+    let mounts = rewritten(bind(&options), &mut Fixed::new(&[]));
+    let wanted = json!({
+        "destination": "/d", "type": "bind", "options": options,
+        "source": "/run/bulkhead/share/volumes/0",
+    });
+    assert_eq!(mounts, [wanted]);
+}
+
+#[test]
+fn rewrite_with_something_below_mounts_it_after() {
+    let mut volumes = Fixed::new(&[
+        below("a", "volumes/1", true),
+        below("b/c", "volumes/2", false),
+    ]);
+    let options = ["rbind", "ro", "noexec", "rnosuid", "rslave"];
+    let mounts = rewritten(bind(&options), &mut volumes);
+    assert_eq!(mounts.len(), 3);
+    assert_eq!(
+        mounts[1],
+        json!({
+            "destination": "/d/a", "type": "bind", "options": ["bind", "rnosuid", "rslave"],
+            "source": "/run/bulkhead/share/volumes/1",
+        }),
+        "a mount of its own"
+    );
+    assert_eq!(
+        mounts[2],
+        json!({
+            "destination": "/d/b/c", "type": "bind",
+            "options": ["bind", "ro", "noexec", "rnosuid", "rslave"],
+            "source": "/run/bulkhead/share/volumes/2",
+        }),
+        "a part of the source"
+    );
+}
+
+#[test]
+fn rewrite_of_what_the_host_does_not_let_write_is_read_only() {
+    let mut volumes = Fixed::new(&[below("a", "volumes/1", true)]);
+    volumes.0.read_only = true;
+    volumes.0.below[0].read_only = true;
+    let mounts = rewritten(bind(&["rbind", "rw"]), &mut volumes);
+    assert_eq!(mounts[0]["options"], json!(["rbind", "rw", "ro"]));
+    assert_eq!(mounts[1]["options"], json!(["bind", "ro"]));
+}
+
+#[test]
+fn sources_are_the_binds_but_the_pods_shm() {
+    let mounts = json!([
+        {"destination": "/proc", "type": "proc", "source": "proc"},
+        {"destination": "/dev/shm", "type": "bind", "source": "/run/shm"},
+        {"destination": "/a", "source": "/host/a", "options": ["bind"]},
+        {"destination": "/b", "type": "bind", "source": "relative"},
+        {"destination": "/b", "type": "bind"},
+    ]);
+    let shm = Path::new("/run/shm");
+    assert_eq!(sources(&mounts, Some(shm)), [(2, "/host/a".into())]);
+    assert_eq!(sources(&mounts, None).len(), 2);
+    assert_eq!(sources(&json!("no list"), None), []);
+}
