@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::layer::Layer;
 use super::layout;
-use super::programs::MMAP_WRITE;
+use super::programs::{HANG_FS, MMAP_WRITE, VOLUME_PROBE};
 use crate::build_root::BuildRoot;
 use crate::command::read_output;
 
@@ -66,8 +66,10 @@ fn layer(root: &BuildRoot) -> Result<Layer> {
     for program in std::iter::once(BUSYBOX).chain(TOOLS) {
         layer.file(program, 0o755, read(root, program)?);
     }
-    let program = format!("usr/local/bin/{}", MMAP_WRITE.name);
-    layer.file(&program, 0o755, MMAP_WRITE.compile(root)?);
+    for program in [MMAP_WRITE, VOLUME_PROBE, HANG_FS] {
+        let file = format!("usr/local/bin/{}", program.name);
+        layer.file(&file, 0o755, program.compile(root)?);
+    }
     // Hard links, as in the image of that name elsewhere: programs that look at their own name and inode meet the same.
     let applets = read_output(&mut root.command("busybox").arg("--list").into_command())?;
     for applet in applets.lines().filter(|applet| *applet != "busybox") {

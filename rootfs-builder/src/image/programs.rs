@@ -24,6 +24,16 @@ pub(super) const MMAP_WRITE: Program = Program {
     name: "mmap-write",
     source: include_str!("programs/mmap-write.c"),
 };
+/// For tests: sockets, locks and mappings that processes share through a file.
+pub(super) const VOLUME_PROBE: Program = Program {
+    name: "volume-probe",
+    source: include_str!("programs/volume-probe.c"),
+};
+/// For tests: a file system whose server does not answer.
+pub(super) const HANG_FS: Program = Program {
+    name: "hang-fs",
+    source: include_str!("programs/hang-fs.c"),
+};
 
 impl Program {
     /// Compiles it in the build root.

@@ -9,7 +9,10 @@ pub mod failures;
 pub mod files;
 pub mod jail;
 pub mod leftovers;
+pub mod memory;
 pub mod pods;
+pub mod streams;
+pub mod volumes;
 
 use anyhow::Result;
 
@@ -30,6 +33,9 @@ pub const ALL: &[&[Check]] = &[
     compatibility::CHECKS,
     pods::CHECKS,
     files::CHECKS,
+    volumes::CHECKS,
+    memory::CHECKS,
+    streams::CHECKS,
 ];
 
 /// Checks that an ordinary run leaves out, each with its reason; `make soak`

@@ -1,0 +1,128 @@
+//! Standard output: all of it, at speed, and held back when nobody reads.
+
+use anyhow::{Context, Result, ensure};
+
+use super::Check;
+use crate::lab::{BULKHEAD, IMAGE, Lab};
+
+/// See the names.
+pub const CHECKS: &[Check] = &[
+    ("output_before_an_exit_arrives_whole", last_words),
+    ("output_that_nobody_reads_is_held_back", held_back),
+    ("output_rate_beside_runc", rate),
+];
+
+/// Runs `script` beside a container of this id that does nothing.
+fn beside(lab: &Lab, id: &str, runtime: &str, script: &str) -> Result<String> {
+    lab.succeed(&format!(
+        "ctr run --detach --null-io --runtime {runtime} {IMAGE} {id} sleep 100000
+         {script}
+         {}",
+        Lab::remove(id)
+    ))
+}
+
+/// Far more than pipes and sockets hold: what is on its way when the program
+/// ends must still arrive.
+fn last_words(lab: &Lab) -> Result<()> {
+    let rounds = if lab.soak() { 100 } else { 5 };
+    let before = lab.resources()?;
+    let counted = beside(
+        lab,
+        "last",
+        BULKHEAD,
+        &format!(
+            "for round in $(seq {rounds}); do
+                 ctr task exec --exec-id e$round last head -c 8388608 /dev/zero | wc -c
+             done"
+        ),
+    )?;
+    let whole = counted.lines().filter(|line| *line == "8388608").count();
+    ensure!(whole == rounds, "{counted}");
+    let counted = lab.succeed(&format!(
+        "ctr run --rm --runtime {BULKHEAD} {IMAGE} init head -c 8388608 /dev/zero | wc -c"
+    ))?;
+    ensure!(counted == "8388608", "of an init: {counted}");
+    lab.expect_nothing_left(&before)
+}
+
+/// The program counts the MiB that it got rid of in its file `/n`.
+const COUNTING: &str =
+    "i=0; while [ $i -lt 64 ]; do head -c 1048576 /dev/zero; i=$((i+1)); echo $i >/n; done";
+
+fn held_back(lab: &Lab) -> Result<()> {
+    let before = lab.resources()?;
+    let shown = beside(
+        lab,
+        "slow",
+        BULKHEAD,
+        &format!(
+            r#"root=/proc/$(ctr task ls | awk '$1 == "slow" {{ print $2 }}')/root
+             shim=$(pgrep -f 'containerd-shim-bulkhead-v2.* -id slow ' | head -n 1)
+             [ -n "$shim" ] || shim=$(pgrep -f containerd-shim-bulkhead-v2 | head -n 1)
+             resident() {{ awk '/^VmRSS/ {{ print $2 }}' /proc/$shim/status; }}
+             was=$(resident)
+             # It reads when it is told to.
+             rm -f /tmp/go; mkfifo /tmp/go
+             ctr task exec --exec-id e slow sh -c '{COUNTING}' | {{ read </tmp/go; wc -c; }} >/tmp/counted &
+             reader=$!
+             # Until it stands still for two seconds.
+             last=none; until [ "$last" = "$(cat $root/n 2>/dev/null)" ] && [ -n "$last" ]; do
+                 last=$(cat $root/n 2>/dev/null || echo none); sleep 2
+             done
+             echo "held at $last"
+             echo "grown $(($(resident) - was))"
+             echo >/tmp/go; wait $reader; echo "counted $(cat /tmp/counted)"
+             # A reader that has gone: the program waits, and can be killed.
+             rm -f $root/n
+             setsid ctr task exec --exec-id gone slow sh -c '{COUNTING}' >/dev/null & sleep 0
+             until [ -e $root/n ]; do read -rt 0.1 <> <(:); done
+             pkill -KILL -f 'exec-id gone slow'
+             ctr task exec --exec-id after slow echo answers"#
+        ),
+    )?;
+    let figure = |name: &str| -> Result<i64> {
+        let line = shown.lines().find_map(|line| line.strip_prefix(name));
+        Ok(line.with_context(|| shown.clone())?.trim().parse()?)
+    };
+    // Pipes, sockets and the credit of the guest's socket, never what the program wants.
+    ensure!(figure("held at")? <= 8, "{shown}");
+    ensure!(figure("grown")? < 16 * 1024, "KiB of the shim: {shown}");
+    ensure!(figure("counted")? == 64 << 20, "{shown}");
+    ensure!(shown.ends_with("answers"), "{shown}");
+    lab.expect_nothing_left(&before)
+}
+
+/// Of the same container, so that its start does not count.
+fn rate(lab: &Lab) -> Result<()> {
+    let bytes: u64 = if lab.soak() { 1 << 30 } else { 32 << 20 };
+    let mut took = Vec::new();
+    for (id, runtime) in [("runc", "io.containerd.runc.v2"), ("bulkhead", BULKHEAD)] {
+        let shown = beside(
+            lab,
+            id,
+            runtime,
+            &format!(
+                "began=$EPOCHREALTIME
+                 ctr task exec --exec-id e {id} head -c {bytes} /dev/zero | wc -c
+                 awk \"BEGIN {{ print $EPOCHREALTIME - $began }}\""
+            ),
+        )?;
+        let (counted, seconds) = shown.split_once('\n').context(shown.clone())?;
+        ensure!(counted == bytes.to_string(), "{id}: {shown}");
+        took.push(seconds.parse::<f64>()?);
+    }
+    let ratio = took[0] / took[1];
+    println!(
+        "{} MiB through stdout: runc {:.1} s, bulkhead {:.1} s, {ratio:.2} of runc's rate",
+        bytes >> 20,
+        took[0],
+        took[1]
+    );
+    // An emulated node's guest is emulated by an emulator.
+    ensure!(
+        lab.node().time_factor() > 1 || !lab.soak() || ratio >= 0.5,
+        "{ratio:.2} of runc's rate"
+    );
+    Ok(())
+}
