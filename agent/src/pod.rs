@@ -8,10 +8,12 @@ use std::{
     io,
     os::unix::ffi::OsStringExt,
     path::{Path, PathBuf},
+    sync::mpsc,
     thread,
+    time::Duration,
 };
 
-use agent_protocol::{POD_DIR, SHARE_DIR, api::CreatePodRequest};
+use agent_protocol::{POD_DIR, REMOTE_DIR, SHARE_DIR, api::CreatePodRequest};
 use nix::{
     errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
@@ -23,6 +25,8 @@ use thiserror::Error;
 use crate::kernel_calls::set_interface_up;
 
 const DEFAULT_SHM_BYTES: u64 = 64 * 1024 * 1024;
+/// How long the server of a remote volume may take to write what it was given.
+const REMOTE_SYNC_TIMEOUT: Duration = Duration::from_secs(5);
 /// `HOST_NAME_MAX` of Linux.
 const MAX_HOSTNAME_BYTES: usize = 64;
 
@@ -82,6 +86,10 @@ pub fn create(request: &CreatePodRequest) -> Result<(), PodError> {
         MsFlags::MS_NODEV,
         "",
     )?;
+    for (number, tag) in request.remote_share_tags.iter().enumerate() {
+        let target = Path::new(REMOTE_DIR).join(number.to_string());
+        mount_at(tag, "virtiofs", &target, MsFlags::MS_NODEV, "")?;
+    }
     let shm_bytes = match request.shm_size_bytes {
         0 => DEFAULT_SHM_BYTES,
         bytes => bytes,
@@ -189,7 +197,35 @@ pub fn sync_container(rootfs: &Path, bind_sources: &[PathBuf]) -> Result<(), Pod
     for mounted in mounts_of(&mounts_below(Path::new(SHARE_DIR))?, &places) {
         sync_mount(&mounted)?;
     }
+    let remote = mounts_below(Path::new(REMOTE_DIR))?;
+    sync_remote(mounts_of(&remote, &places).into_iter().collect());
     Ok(())
+}
+
+/// Has the servers of network and user-space file systems write what is theirs, as
+/// far as they answer in time: nothing else must wait for them.
+fn sync_remote(mounts: Vec<PathBuf>) {
+    if mounts.is_empty() {
+        return;
+    }
+    let (tell, told) = mpsc::channel();
+    let syncing = thread::Builder::new()
+        .name("sync".to_owned())
+        .spawn(move || {
+            for mounted in mounts {
+                if let Err(error) = sync_mount(&mounted) {
+                    tracing::error!(%error, "left unsynced");
+                }
+            }
+            let _ = tell.send(());
+        });
+    match syncing.map(|_| told.recv_timeout(REMOTE_SYNC_TIMEOUT)) {
+        Ok(Ok(())) => {}
+        Ok(Err(_)) => tracing::error!(
+            "a volume's server does not answer: what was written there through mmap may be lost"
+        ),
+        Err(error) => tracing::error!(%error, "cannot sync remote volumes"),
+    }
 }
 
 /// Unmounts all of the share, innermost first, as far as that goes: the guest
@@ -199,6 +235,7 @@ pub fn leave() {
         tracing::error!(%error, "left mounted");
         Vec::new()
     });
+    sync_remote(mounts_below(Path::new(REMOTE_DIR)).unwrap_or_default());
     for mounted in mounts.iter().rev() {
         if let Err(error) = sync_mount(mounted) {
             tracing::error!(%error, "left unsynced");

@@ -38,3 +38,7 @@ pub const SHARE_DIR: &str = "/run/bulkhead/share";
 /// Where the guest keeps what the pod's containers share. Below it, made by the
 /// agent: `ns/net`, `ns/ipc`, `ns/uts` (namespaces) and `shm` (a tmpfs).
 pub const POD_DIR: &str = "/run/bulkhead/pod";
+
+/// Below [`POD_DIR`]: where the guest mounts the shares of volumes whose servers
+/// may not answer, each by its number in `CreatePodRequest.remote_share_tags`.
+pub const REMOTE_DIR: &str = "/run/bulkhead/pod/remote";

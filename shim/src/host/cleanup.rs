@@ -233,6 +233,9 @@ pub(super) fn undo_pod(
         failures.extend(undo_container(pod, record, &id, deadline)?);
     }
     share::remove(&pod.share())?;
+    for number in 0..directory::MAX_REMOTE_SHARES {
+        share::remove(&pod.remote_share(number))?;
+    }
     if record.network_namespace {
         netns::remove(&pod.network_namespace())?;
     }

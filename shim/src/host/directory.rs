@@ -19,6 +19,10 @@ pub const MAX_ID_BYTES: usize = 76;
 /// How often a namespace's directory may vanish under a new pod.
 const ATTEMPTS: u32 = 16;
 
+/// Most shares of a pod that one network or user-space file system has for itself,
+/// each with a file server.
+pub const MAX_REMOTE_SHARES: usize = 4;
+
 /// Why the pod's directory cannot be had.
 #[derive(Debug, Error)]
 pub enum Error {
@@ -112,6 +116,12 @@ impl PodPaths {
     /// The host side of the guest's sockets, while a client needs a name.
     pub fn vsock_socket(&self) -> PathBuf {
         self.directory().join("vsock.sock")
+    }
+
+    /// The mount of a remote share, of which there are [`MAX_REMOTE_SHARES`] at
+    /// most.
+    pub fn remote_share(&self, number: usize) -> PathBuf {
+        self.directory().join(format!("remote-{number}"))
     }
 
     /// The shared mount.

@@ -250,13 +250,19 @@ impl HostPod {
         self.cgroup.path()
     }
 
-    /// Starts the file server and the monitor in their jails and sends `Boot`.
-    /// Returns when both execute; the guest boots meanwhile.
+    /// Starts the file servers, `remote_shares` of them for a network or user-space
+    /// file system each, and the monitor in their jails and sends `Boot`. Returns
+    /// when all execute; the guest boots meanwhile.
     pub fn start_vm(
         &mut self,
         installation: &Installation,
         request: VmRequest,
+        remote_shares: usize,
     ) -> Result<Vm, Error> {
+        for number in 0..remote_shares.min(directory::MAX_REMOTE_SHARES) {
+            let share = Share::create(&self.paths.remote_share(number))?;
+            self.volumes.add_share(share.path());
+        }
         let most = memory_limit(request.memory);
         if let Err(error) = self.cgroup.limit_memory(most) {
             // The VM's size bounds nearly all of it in any case.
@@ -276,15 +282,19 @@ impl HostPod {
         let place = vm::Place {
             directory: &self.paths.directory(),
             share: self.share.path(),
+            remote_shares: &self.volumes.remote_shares(),
             cgroup: self.cgroup.vm(),
             uid: self.uid,
         };
         let vm = Vm::start(place, installed, kvm, request)?;
         self.record.monitor = Some(Process::of(vm.monitor.pid()));
         self.record.file_server = Some(Process::of(vm.file_server.pid()));
-        let server = vm.file_server.pidfd().try_clone_to_owned();
-        self.volumes
-            .set_server(server.map_err(vm::duplicate_failed)?);
+        let servers = [&vm.file_server].into_iter().chain(&vm.remote_servers);
+        let servers: Vec<_> = servers
+            .map(|server| server.pidfd().try_clone_to_owned())
+            .collect::<Result<_, _>>()
+            .map_err(vm::duplicate_failed)?;
+        self.volumes.set_servers(servers.into_iter());
         self.save()?;
         Ok(vm)
     }

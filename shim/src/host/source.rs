@@ -150,6 +150,14 @@ impl Source {
     }
 }
 
+impl Source {
+    /// The file systems of it that have a server which may leave us waiting.
+    pub fn remote_file_systems(&self) -> impl Iterator<Item = &str> {
+        let remote = self.parts.iter().filter(|part| part.is_remote);
+        remote.map(|part| part.location.file_system.as_str())
+    }
+}
+
 /// What the kernel knows of an open file without asking anybody.
 struct Seen {
     file: FileId,

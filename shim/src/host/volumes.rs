@@ -8,6 +8,10 @@
 //! of each container once more). What is mounted below a source enters as a
 //! volume of its own, and the guest puts the tree together.
 //!
+//! A volume of a network or user-space file system has a share and a file server
+//! of its own, as far as there are any: requests that its server leaves
+//! unanswered hold a server's threads and a device's buffers.
+//!
 //! A volume is read-only on the host, where a guest that was taken over cannot
 //! change it, as long as no container of the pod may write to it. Among the
 //! containers of a pod, the guest sees to it.
@@ -17,6 +21,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use agent_protocol::REMOTE_DIR;
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, open, openat2};
 use rustix::mount::{OpenTreeFlags, open_tree};
@@ -63,7 +68,7 @@ pub enum Error {
 /// Where a mount source is in the share.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placed {
-    /// Relative to the share.
+    /// In the guest: relative to the share, or absolute.
     pub path: PathBuf,
     /// The host does not let anybody write by the mount that the source names,
     /// though the share may.
@@ -77,7 +82,7 @@ pub struct Placed {
 pub struct PlacedBelow {
     /// Relative to the source.
     pub at: PathBuf,
-    /// Relative to the share.
+    /// As [`Placed::path`].
     pub path: PathBuf,
     /// As [`Placed::read_only`].
     pub read_only: bool,
@@ -86,8 +91,21 @@ pub struct PlacedBelow {
     pub is_mount: bool,
 }
 
+/// The pod's share, or a remote one.
+#[derive(Debug)]
+struct Place {
+    /// On the host.
+    path: PathBuf,
+    /// The file server, whose mounts are its own.
+    server: Option<OwnedFd>,
+    /// Of a remote share in use: whose it is.
+    file_system: Option<String>,
+}
+
 #[derive(Debug)]
 struct Volume {
+    /// Which of the shares it is in.
+    place: usize,
     number: u32,
     location: Location,
     file: FileId,
@@ -95,36 +113,86 @@ struct Volume {
 }
 
 impl Volume {
-    /// Relative to the share.
-    fn path(&self) -> PathBuf {
+    /// Relative to its share.
+    fn in_share(&self) -> PathBuf {
         Path::new("volumes").join(self.number.to_string())
+    }
+
+    /// In the guest.
+    fn path(&self) -> PathBuf {
+        match self.place.checked_sub(1) {
+            None => self.in_share(),
+            Some(remote) => Path::new(REMOTE_DIR)
+                .join(remote.to_string())
+                .join(self.in_share()),
+        }
     }
 }
 
 /// The volumes of one pod. Dropping it unmounts nothing.
 #[derive(Debug)]
 pub(super) struct Volumes {
-    share: PathBuf,
+    /// The pod's share first, then the remote ones.
+    places: Vec<Place>,
     known: Vec<Volume>,
     next: u32,
-    /// The file server, whose mounts are its own.
-    server: Option<OwnedFd>,
 }
 
 impl Volumes {
     /// None yet in the share at `share`, which has their directory.
     pub(super) fn new(share: &Path) -> Self {
-        Self {
-            share: share.to_owned(),
+        let mut volumes = Self {
+            places: Vec::new(),
             known: Vec::new(),
             next: 0,
+        };
+        volumes.add_share(share);
+        volumes
+    }
+
+    /// A further share, for one network or user-space file system.
+    pub(super) fn add_share(&mut self, share: &Path) {
+        self.places.push(Place {
+            path: share.to_owned(),
             server: None,
+            file_system: None,
+        });
+    }
+
+    /// The shares of network and user-space file systems.
+    pub(super) fn remote_shares(&self) -> Vec<PathBuf> {
+        let remote = self.places.iter().skip(1);
+        remote.map(|place| place.path.clone()).collect()
+    }
+
+    /// From now on the processes of `pidfds` serve the shares, in their order.
+    pub(super) fn set_servers(&mut self, pidfds: impl Iterator<Item = OwnedFd>) {
+        for (place, pidfd) in self.places.iter_mut().zip(pidfds) {
+            place.server = Some(pidfd);
         }
     }
 
-    /// From now on `pidfd` serves the share.
-    pub(super) fn set_server(&mut self, pidfd: OwnedFd) {
-        self.server = Some(pidfd);
+    /// Where a file system's volumes go: to a share of its own if its server may
+    /// leave us waiting, with those that come when none is left in the last.
+    fn place_for(&mut self, part: &Part) -> usize {
+        let last = self.places.len() - 1;
+        if !part.is_remote || last == 0 {
+            return 0;
+        }
+        let name = &part.location.file_system;
+        let remote = || self.places.iter().enumerate().skip(1);
+        let own = remote().find(|(_, place)| place.file_system.as_ref() == Some(name));
+        let free = || remote().find(|(_, place)| place.file_system.is_none());
+        let found = own.or_else(free).map(|(index, _)| index);
+        let index = found.unwrap_or_else(|| {
+            tracing::warn!(
+                file_system = name,
+                "no share is left for it alone: it waits with another when that one's server does not answer"
+            );
+            last
+        });
+        self.places[index].file_system.get_or_insert(name.clone());
+        index
     }
 
     /// Brings a source into the share, as far as it is not there, and tells where.
@@ -207,22 +275,15 @@ impl Volumes {
             if part.is_remote || (writable && volume.read_only) {
                 continue;
             }
-            let path = volume.path();
-            if self.find_in(&self.share.join(&path), way) == Some(part.file) {
-                return Ok(path.join(way));
+            let on_host = self.places[volume.place].path.join(volume.in_share());
+            if find_in(&on_host, way) == Some(part.file) {
+                return Ok(volume.path().join(way));
             }
         }
         if let Some(index) = replaced {
             self.known.remove(index);
         }
         self.enter(name, part, access)
-    }
-
-    /// What `way` leads to from a directory, on the same mount and by no link.
-    fn find_in(&self, directory: &Path, way: &Path) -> Option<FileId> {
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
-        let from = open(directory, flags, Mode::empty()).ok()?;
-        find_below(&from, way)
     }
 
     /// Volumes that lie inside `part`: the guest must see them there by the mount
@@ -267,12 +328,13 @@ impl Volumes {
     /// over would ask the file server directly.
     fn enter(&mut self, name: &Path, part: &Part, access: Access) -> Result<PathBuf, Error> {
         let volume = Volume {
+            place: self.place_for(part),
             number: self.next,
             location: part.location.clone(),
             file: part.file,
             read_only: access != Access::Writable,
         };
-        let target = self.share.join(volume.path());
+        let target = self.places[volume.place].path.join(volume.in_share());
         let made = if part.is_directory {
             fs::create_dir(&target)
         } else {
@@ -308,13 +370,14 @@ impl Volumes {
             source,
         };
         let volume = &mut self.known[index];
-        let path = volume.path();
-        if let Some(server) = &self.server {
+        let path = volume.in_share();
+        let place = &self.places[volume.place];
+        if let Some(server) = &place.server {
             // Mounts are passed on to it when they are made; their flags are its own.
             let own = Path::new(SERVER_SHARE).join(&path);
             in_mounts_of(server, || clear_read_only(&own)).map_err(failed)?;
         }
-        clear_read_only(&self.share.join(&path)).map_err(failed)?;
+        clear_read_only(&place.path.join(&path)).map_err(failed)?;
         volume.read_only = false;
         Ok(())
     }
@@ -322,6 +385,13 @@ impl Volumes {
 
 /// Where the file server's own root has the share.
 const SERVER_SHARE: &str = "/share";
+
+/// What `way` leads to from a directory, on the same mount and by no link.
+fn find_in(directory: &Path, way: &Path) -> Option<FileId> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let from = open(directory, flags, Mode::empty()).ok()?;
+    find_below(&from, way)
+}
 
 fn find_below(directory: &OwnedFd, way: &Path) -> Option<FileId> {
     let flags = OFlags::PATH | OFlags::CLOEXEC;

@@ -150,7 +150,9 @@ impl Container {
         // The pause container runs nowhere: it needs no volumes.
         let opened = match host_view.membership {
             Membership::Sandbox => BTreeMap::new(),
-            Membership::Alone | Membership::Member { .. } => open_sources(&guest_spec).await?,
+            Membership::Alone | Membership::Member { .. } => {
+                open_sources(&host_view.bind_sources).await?
+            }
         };
         let work = move |host: &mut dyn HostSide| {
             let id = request.id.clone();
@@ -544,15 +546,18 @@ fn init_of(container_id: &str) -> ProcessId {
 }
 
 /// The sources that a container binds, looked at with nobody waiting for it.
-async fn open_sources(guest_spec: &GuestSpec) -> Result<BTreeMap<PathBuf, Source>, Error> {
+pub(super) async fn open_sources(
+    sources: &[(usize, PathBuf)],
+) -> Result<BTreeMap<PathBuf, Source>, Error> {
     let mut opened = BTreeMap::new();
-    for (index, path) in guest_spec.bind_sources() {
+    for (index, path) in sources {
+        let index = *index;
         let refused = |source: source::Error| IntoJsonError::Volume {
             index,
             path: path.clone(),
             source: host::pod::Error::from(source),
         };
-        if opened.contains_key(&path) {
+        if opened.contains_key(path) {
             continue;
         }
         let (tell, told) = tokio::sync::oneshot::channel();
@@ -563,7 +568,7 @@ async fn open_sources(guest_spec: &GuestSpec) -> Result<BTreeMap<PathBuf, Source
             Ok(Ok(source)) => source.map_err(refused)?,
             _ => return Err(refused(source::Error::Silent { path: path.clone() }).into()),
         };
-        opened.insert(path, source);
+        opened.insert(path.clone(), source);
     }
     Ok(opened)
 }

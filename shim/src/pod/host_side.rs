@@ -24,8 +24,14 @@ use crate::host::volumes::Placed;
 
 /// The host's part of a pod. Everything blocks; errors are the host's own.
 pub trait HostSide: Send + 'static {
-    /// Starts the VM; the guest boots meanwhile. Inside a tokio runtime.
-    fn start_vm(&mut self, vsock_listener: OwnedFd, size: Size) -> Result<Machine, StartError>;
+    /// Starts the VM with this many remote shares; the guest boots meanwhile.
+    /// Inside a tokio runtime.
+    fn start_vm(
+        &mut self,
+        vsock_listener: OwnedFd,
+        size: Size,
+        remote_shares: usize,
+    ) -> Result<Machine, StartError>;
     /// [`HostPod::set_network`].
     fn set_network(&mut self, network: &Network) -> Result<(), Error>;
     /// [`HostPod::add_container`].
@@ -94,7 +100,12 @@ struct Real {
 }
 
 impl HostSide for Real {
-    fn start_vm(&mut self, vsock_listener: OwnedFd, size: Size) -> Result<Machine, StartError> {
+    fn start_vm(
+        &mut self,
+        vsock_listener: OwnedFd,
+        size: Size,
+        remote_shares: usize,
+    ) -> Result<Machine, StartError> {
         let request = VmRequest {
             vcpus: size.vcpus,
             memory: size.memory,
@@ -102,7 +113,9 @@ impl HostSide for Real {
             vsock_listener,
             console: None,
         };
-        let vm = self.pod.start_vm(&self.installation, request)?;
+        let vm = self
+            .pod
+            .start_vm(&self.installation, request, remote_shares)?;
         supervise(vm).map_err(StartError::Watch)
     }
 

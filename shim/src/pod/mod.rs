@@ -12,6 +12,7 @@ pub mod size;
 mod supervise;
 pub mod vsock;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -24,8 +25,10 @@ use tracing::{info, warn};
 
 use crate::host;
 use crate::host::cgroup::CgroupPath;
-use crate::host::directory::PodPaths;
+use crate::host::directory::{MAX_REMOTE_SHARES, PodPaths};
 use crate::host::netns::Network;
+use crate::host::source::Source;
+use crate::host::vm::remote_share_tag;
 use crate::spec::{self, HostView, Membership};
 use crate::stdio;
 use agent::Agent;
@@ -103,6 +106,7 @@ struct Identity {
 #[derive(Clone)]
 pub struct Pod {
     identity: Arc<Identity>,
+    remote_shares: usize,
     /// `None` once it is destroyed.
     host: Arc<Mutex<Option<Box<dyn HostSide>>>>,
     machine: Machine,
@@ -133,10 +137,11 @@ impl Pod {
             shm_size_bytes: shm_size(first)?,
         };
         let vsock_path = paths.vsock_socket();
+        let remote_shares = remote_shares(first).await?;
         let size = Size::of(&first.membership, first.limits, size::Host::this());
         let started = blocking(move || {
             let mut host = make(cgroup)?;
-            match start(host.as_mut(), &vsock_path, &network, size) {
+            match start(host.as_mut(), &vsock_path, &network, size, remote_shares) {
                 Ok((machine, vsock)) => Ok((host, machine, vsock)),
                 Err(error) => {
                     destroyed(host.destroy());
@@ -147,6 +152,7 @@ impl Pod {
         let (host, machine, vsock) = started.await?;
         Ok(Self {
             identity: Arc::new(identity),
+            remote_shares,
             host: Arc::new(Mutex::new(Some(host))),
             machine,
             vsock,
@@ -180,6 +186,7 @@ impl Pod {
             hostname: self.identity.hostname.clone(),
             share_tag: SHARE_TAG.to_owned(),
             shm_size_bytes: self.identity.shm_size_bytes,
+            remote_share_tags: (0..self.remote_shares).map(remote_share_tag).collect(),
             ..CreatePodRequest::default()
         };
         let prepared = async {
@@ -300,9 +307,10 @@ fn start(
     vsock_path: &std::path::Path,
     network: &Network,
     size: Size,
+    remote_shares: usize,
 ) -> Result<(Machine, Vsock), Error> {
     let (vsock, listener) = Vsock::listen(vsock_path)?;
-    let machine = host.start_vm(listener.into(), size)?;
+    let machine = host.start_vm(listener.into(), size, remote_shares)?;
     // The guest boots meanwhile.
     host.set_network(network)?;
     Ok((machine, vsock))
@@ -339,6 +347,19 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
+}
+
+/// How many shares the pod has for network and user-space file systems: as many
+/// as a lone container has of them. For those that other containers of a pod may
+/// bring, of which nobody knows yet, there is one.
+async fn remote_shares(first: &HostView) -> Result<usize, Error> {
+    if first.membership == Membership::Sandbox {
+        return Ok(1);
+    }
+    let sources = container::open_sources(&first.bind_sources).await?;
+    let remote = sources.values().flat_map(Source::remote_file_systems);
+    let distinct = remote.collect::<BTreeSet<_>>().len();
+    Ok(distinct.min(MAX_REMOTE_SHARES))
 }
 
 /// The size of the tmpfs that CRI made for the pod; 0, the guest's default,

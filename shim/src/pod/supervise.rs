@@ -16,7 +16,7 @@ use vmm_config::control::{Event, Exit, ExitReason};
 use super::machine::{End, Machine, State, Watcher};
 use super::printable::printable;
 use crate::host::children;
-use crate::host::vm::{Received, Vm};
+use crate::host::vm::{FileServer, Received, Vm};
 use crate::readiness::readable;
 
 /// Lines of a process's log that an error quotes.
@@ -44,6 +44,11 @@ pub fn supervise(mut vm: Vm) -> io::Result<Machine> {
         .log
         .take()
         .map(|log| follow("file server", log));
+    for server in &mut vm.remote_servers {
+        if let Some(log) = server.log.take() {
+            follow("file server of a remote share", log);
+        }
+    }
     let control = readable(vm.monitor.control().try_clone_to_owned()?)?;
     let monitor = readable(vm.monitor.pidfd().try_clone_to_owned()?)?;
     let server = readable(vm.file_server.pidfd().try_clone_to_owned()?)?;
@@ -58,8 +63,16 @@ pub fn supervise(mut vm: Vm) -> io::Result<Machine> {
         }
         // Both are collected before anybody hears of the end: who cleans up
         // after it meets no process of the VM.
-        let killed =
-            tokio::task::spawn_blocking(move || (vm.monitor.kill(), vm.file_server.kill())).await;
+        let Vm {
+            monitor,
+            file_server,
+            remote_servers,
+        } = vm;
+        let remote = tokio::spawn(kill_remote(remote_servers));
+        let killed = tokio::task::spawn_blocking(move || (monitor.kill(), file_server.kill()));
+        let killed = killed.await;
+        // Not for long: one that waits for an answer to its request cannot die.
+        let _ = tokio::time::timeout(VERDICT_TIMEOUT, remote).await;
         if let Ok((Err(error), _) | (_, Err(error))) = killed {
             error!("a process of the VM cannot be collected: {error}");
         }
@@ -69,6 +82,24 @@ pub fn supervise(mut vm: Vm) -> io::Result<Machine> {
         state.send_replace(State::Ended(End { reason }));
     });
     Ok(machine)
+}
+
+/// Kills file servers, each on a thread that nobody has to wait for; the answer
+/// comes when all have gone.
+async fn kill_remote(servers: Vec<FileServer>) {
+    let gone = servers.into_iter().map(|server| {
+        let (tell, told) = tokio::sync::oneshot::channel();
+        std::thread::spawn(move || {
+            if let Err(error) = server.kill() {
+                error!("{error}");
+            }
+            let _ = tell.send(());
+        });
+        told
+    });
+    for told in gone.collect::<Vec<_>>() {
+        let _ = told.await;
+    }
 }
 
 /// What ended a VM, before the logs are read to their end.

@@ -82,8 +82,9 @@ pub(super) fn rewrite<V: Volumes>(
     Ok(())
 }
 
+/// An absolute path stays what it is.
 fn in_share(path: &Path) -> String {
-    format!("{SHARE_DIR}/{}", path.display())
+    Path::new(SHARE_DIR).join(path).display().to_string()
 }
 
 /// The guest's mount of something that lies below a bind mount's source.

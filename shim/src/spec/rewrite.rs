@@ -29,6 +29,8 @@ pub struct HostView {
     pub shm_source: Option<PathBuf>,
     /// What `linux.resources` limits it to.
     pub limits: Limits,
+    /// The files and directories that it binds, each with the index of its mount.
+    pub bind_sources: Vec<(usize, PathBuf)>,
     /// Whether the container has a PID namespace of its own, with which all its
     /// processes end.
     pub own_pid_namespace: bool,
@@ -74,6 +76,7 @@ impl GuestSpec {
             network_path: namespaces.network_path,
             shm_source: shm_source.clone(),
             limits: Limits::of(&spec),
+            bind_sources: binds::sources(&spec["mounts"], shm_source.as_deref()),
             own_pid_namespace: namespaces.own_pid,
             membership,
         };
@@ -83,12 +86,6 @@ impl GuestSpec {
             shm_source,
         };
         Ok((host, guest))
-    }
-
-    /// The files and directories of the host that are to be shared, each with the
-    /// index of the mount that names it.
-    pub fn bind_sources(&self) -> Vec<(usize, PathBuf)> {
-        binds::sources(&self.spec["mounts"], self.shm_source.as_deref())
     }
 
     /// Replaces every path of the host by its path in the guest, and returns

@@ -8,7 +8,7 @@ mod tests;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -95,6 +95,12 @@ pub(super) fn duplicate_failed(source: io::Error) -> Error {
     prepare("duplicate the pidfd", "virtiofsd")(source)
 }
 
+/// The tag of the share of this number, from 0, that a network or user-space file
+/// system has for itself.
+pub fn remote_share_tag(number: usize) -> String {
+    format!("remote-{number}")
+}
+
 /// What the VM is to be.
 #[derive(Debug)]
 pub struct VmRequest {
@@ -110,7 +116,7 @@ pub struct VmRequest {
     pub console: Option<OwnedFd>,
 }
 
-/// The two processes of a running VM. Dropped, both are killed and collected.
+/// The processes of a running VM. Dropped, all are killed and collected.
 #[derive(Debug)]
 pub struct Vm {
     /// The monitor. First, so that it goes first: the other way round it would
@@ -118,6 +124,8 @@ pub struct Vm {
     pub monitor: Monitor,
     /// The file server.
     pub file_server: FileServer,
+    /// Those of the remote shares.
+    pub remote_servers: Vec<FileServer>,
 }
 
 /// Where the VM's processes live.
@@ -127,14 +135,16 @@ pub(super) struct Place<'a> {
     pub(super) directory: &'a Path,
     /// The pod's share.
     pub(super) share: &'a Path,
-    /// The cgroup of both.
+    /// The remote shares.
+    pub(super) remote_shares: &'a [PathBuf],
+    /// The cgroup of all.
     pub(super) cgroup: BorrowedFd<'a>,
     /// The monitor's uid and gid.
     pub(super) uid: u32,
 }
 
 impl Vm {
-    /// Starts both processes and sends `Boot`. On an error neither is left.
+    /// Starts the processes and sends `Boot`. On an error none is left.
     pub(super) fn start(
         place: Place<'_>,
         installed: Opened,
@@ -142,6 +152,14 @@ impl Vm {
         request: VmRequest,
     ) -> Result<Self, Error> {
         let (file_server, socket) = FileServer::start(place, installed.virtiofsd.as_fd())?;
+        let mut remote_servers = Vec::new();
+        let mut remote_sockets = Vec::new();
+        for share in place.remote_shares {
+            let place = Place { share, ..place };
+            let (server, socket) = FileServer::start(place, installed.virtiofsd.as_fd())?;
+            remote_servers.push(server);
+            remote_sockets.push(socket);
+        }
         let monitor = Monitor::start(place, installed.vmm.as_fd())?;
         let mut descriptors = vec![
             kvm,
@@ -154,6 +172,17 @@ impl Vm {
             descriptors.push(output);
             Console { output: FdIndex(5) }
         });
+        let mut file_systems = vec![FileSystem {
+            tag: SHARE_TAG.to_owned(),
+            socket: FdIndex(4),
+        }];
+        for (number, socket) in remote_sockets.into_iter().enumerate() {
+            file_systems.push(FileSystem {
+                tag: remote_share_tag(number),
+                socket: FdIndex(descriptors.len() as u32),
+            });
+            descriptors.push(socket);
+        }
         let config = VmConfig {
             kvm: FdIndex(0),
             vcpus: request.vcpus,
@@ -168,16 +197,14 @@ impl Vm {
                 guest_cid: GUEST_CID,
                 listener: FdIndex(3),
             }),
-            file_systems: vec![FileSystem {
-                tag: SHARE_TAG.to_owned(),
-                socket: FdIndex(4),
-            }],
+            file_systems,
         };
         let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
         monitor.boot(config, &descriptors)?;
         Ok(Self {
             monitor,
             file_server,
+            remote_servers,
         })
     }
 }

@@ -75,6 +75,7 @@ fn start_of_the_file_server_jails_it_and_shows_later_mounts() {
     let place = Place {
         directory: base.path(),
         share: share.path(),
+        remote_shares: &[],
         cgroup: cgroup_fd.as_fd(),
         uid: 2_000_000_009,
     };
@@ -120,7 +121,8 @@ fn start_of_the_file_server_jails_it_and_shows_later_mounts() {
     assert!(!root.join("containers/c1").exists(), "and disappears");
 
     let mut volumes = Volumes::new(share.path());
-    volumes.set_server(server.pidfd().try_clone_to_owned().expect("duplicates"));
+    let pidfd = server.pidfd().try_clone_to_owned().expect("duplicates");
+    volumes.set_servers([pidfd].into_iter());
     let volume = Source::open(&base.path().join("source")).expect("opens");
     for (access, shown) in [
         (Access::ReadOnly, " /volumes/0 ro,"),
@@ -168,6 +170,7 @@ fn start_with_a_kernel_that_is_none_reports_it_from_the_jail() {
     let place = Place {
         directory: base.path(),
         share: share.path(),
+        remote_shares: &[],
         cgroup: cgroup_fd.as_fd(),
         uid: 2_000_000_010,
     };

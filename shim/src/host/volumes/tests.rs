@@ -232,3 +232,34 @@ fn place_through_a_link_that_the_guest_could_make_is_not_taken() {
     // Opened by its name, a link leads where it leads on the host.
     assert_eq!(scene.path("volume/link", Writable), "volumes/1");
 }
+
+#[test]
+fn place_of_a_remote_file_system_has_a_share_of_its_own_as_far_as_there_are_any() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    for number in 0..2 {
+        let share = Share::create(&scene.at(&format!("remote-{number}"))).expect("creates");
+        scene.volumes.add_share(share.path());
+    }
+    let mut place = |name: &str| {
+        tmpfs_at(&scene.make(name));
+        fs::create_dir(scene.at(name).join("sub")).expect("makes");
+        let mut path = |name: &str| {
+            let mut source = Source::open(&scene.at(name)).expect("opens");
+            source.parts[0].is_remote = true;
+            let placed = scene.volumes.place(&source, Writable, true);
+            placed.expect("places").path.display().to_string()
+        };
+        let whole = path(name);
+        assert_eq!(path(name), whole);
+        // Not by a look into the volume, for which its server would be asked.
+        (whole, path(&format!("{name}/sub")))
+    };
+    let in_guest = |share: u32, number: u32| format!("{REMOTE_DIR}/{share}/volumes/{number}");
+    assert_eq!(place("a"), (in_guest(0, 0), in_guest(0, 1)));
+    assert_eq!(place("b"), (in_guest(1, 2), in_guest(1, 3)));
+    assert_eq!(place("c"), (in_guest(1, 4), in_guest(1, 5)));
+    assert!(scene.at("remote-0/volumes/0/sub").is_dir());
+    assert_eq!(scene.path("share", Writable), "volumes/6");
+}

@@ -68,7 +68,12 @@ impl FakeHost {
 }
 
 impl HostSide for FakeHost {
-    fn start_vm(&mut self, vsock_listener: OwnedFd, _: Size) -> Result<Machine, StartError> {
+    fn start_vm(
+        &mut self,
+        vsock_listener: OwnedFd,
+        _: Size,
+        _: usize,
+    ) -> Result<Machine, StartError> {
         self.note("start VM");
         let (machine, watcher) = Machine::new();
         self.guest
