@@ -58,8 +58,8 @@ fn held_back(lab: &Lab) -> Result<()> {
         BULKHEAD,
         &format!(
             r#"root=/proc/$(ctr task ls | awk '$1 == "slow" {{ print $2 }}')/root
-             shim=$(pgrep -f 'containerd-shim-bulkhead-v2.* -id slow ' | head -n 1)
-             [ -n "$shim" ] || shim=$(pgrep -f containerd-shim-bulkhead-v2 | head -n 1)
+             shim=$(tr -d ' \n' </run/bulkhead/default/slow/pod.json |
+                 grep -o '"shim":{{"pid":[0-9]*' | grep -o '[0-9]*$')
              resident() {{ awk '/^VmRSS/ {{ print $2 }}' /proc/$shim/status; }}
              was=$(resident)
              # It reads when it is told to.
@@ -75,10 +75,13 @@ fn held_back(lab: &Lab) -> Result<()> {
              echo >/tmp/go; wait $reader; echo "counted $(cat /tmp/counted)"
              # A reader that has gone: the program waits, and can be killed.
              rm -f $root/n
-             setsid ctr task exec --exec-id gone slow sh -c '{COUNTING}' >/dev/null & sleep 0
+             exec 8<>/tmp/go
+             ctr task exec --exec-id gone slow sh -c '{COUNTING}' >/tmp/go 8>&- & client=$!
              until [ -e $root/n ]; do read -rt 0.1 <> <(:); done
-             pkill -KILL -f 'exec-id gone slow'
-             ctr task exec --exec-id after slow echo answers"#
+             kill -KILL $client; exec 8>&-
+             ctr task exec --exec-id after slow echo answers
+             # What the client would have removed.
+             rm -rf /run/containerd/fifo/*"#
         ),
     )?;
     let figure = |name: &str| -> Result<i64> {

@@ -11,6 +11,7 @@ pub const CHECKS: &[Check] = &[
     ("volume_is_as_on_the_host", as_on_the_host),
     ("volume_sources_without_meaning_in_a_vm", refused),
     ("image_of_100_layers_runs", many_layers),
+    ("volume_whose_server_hangs_holds_up_nobody_else", hanging),
 ];
 
 /// Functions of the scripts.
@@ -110,7 +111,7 @@ fn shared(lab: &Lab) -> Result<()> {
 }
 
 /// On the host, and a container that has all of it.
-const KINDS: &str = r#"
+const KINDS: &str = r"
 rm -rf /tmp/kinds; mkdir -p /tmp/kinds/{dir,ro,nested/below}; cd /tmp/kinds
 mount -t tmpfs below nested/below; echo below >nested/below/file
 echo single >file; echo content >dir/target; ln -s target dir/link; ln -s /etc/passwd dir/outside
@@ -124,7 +125,7 @@ nerdctl run -d --pull never --runtime io.containerd.bulkhead.v2 --name kinds --s
         until [ -e /dir/late ]; do sleep 0.1; done; echo $EPOCHREALTIME >/dir/seen
         until grep -q new /dir/target; do sleep 0.1; done; echo $EPOCHREALTIME >/dir/read
         sleep 100000' >/dev/null || exit 1
-"#;
+";
 
 /// What the container sees of it.
 const SEEN: &str = r#"
@@ -259,4 +260,66 @@ fn many_layers(lab: &Lab) -> Result<()> {
     let shown = outcome?;
     ensure!(shown == "99\n1\n99\nx", "{shown}");
     Ok(())
+}
+
+/// A file system whose server answers nothing but what its root is; and a pod
+/// with one container that has it and one that has not.
+const HANGING: &str = r#"
+set -e
+rm -rf /tmp/hang; mkdir -p /tmp/hang/fs /tmp/hang/works; cd /tmp/hang
+modprobe fuse || true
+mkdir image; ctr images mount docker.io/library/busybox:latest image >/dev/null
+cp image/usr/local/bin/hang-fs .
+ctr images unmount --rm image >/dev/null
+setsid ./hang-fs fs >told 2>&1 </dev/null &
+until_said told .; grep -q mounted told || { cat told; exit 1; }
+echo '{"metadata": {"name": "hang", "namespace": "e2e", "uid": "hang", "attempt": 0},
+  "log_directory": "/tmp/hang/logs", "linux": {}}' >pod.json
+pod=$(crictl runp --runtime bulkhead pod.json)
+container() {
+    echo '{"metadata": {"name": "'$1'", "attempt": 0}, "image": {"image": "docker.io/library/busybox:latest"},
+      "command": ["sleep", "100000"], "log_path": "'$1'.log", "linux": {},
+      "mounts": [{"container_path": "/v", "host_path": "/tmp/hang/'$2'"}]}' >$1.json
+    local id=$(crictl create $pod $1.json pod.json); crictl start $id >/dev/null; echo $id
+}
+waits=$(container waits fs); works=$(container works works)
+"#;
+
+/// More requests than a file server has threads.
+const WAITING: &str = r#"
+crictl exec $waits sh -c 'for n in $(seq 100); do cat /v/file$n >/dev/null 2>&1 </dev/null & done; sleep 1; echo waiting'
+crictl exec $works sh -c 'echo written >/v/file; cat /v/file; ls /bin | grep -c "^cat$"; dd if=/dev/zero of=/big bs=1M count=8 2>/dev/null; stat -c %s /big'
+late=$(container late works); crictl exec $late cat /v/file
+crictl rm -f $late >/dev/null && echo "late removed"
+crictl rm -f $works >/dev/null && echo "works removed"
+"#;
+
+const WAITING_WANTED: &str = "\
+waiting
+written
+1
+8388608
+written
+late removed
+works removed";
+
+fn hanging(lab: &Lab) -> Result<()> {
+    let before = lab.resources()?;
+    let outcome = lab.run(&format!("{WORDS}{HANGING}{WAITING}"));
+    // A source that cannot even be looked at fails its container, and says so.
+    let silent = lab.run(&format!(
+        "ctr run --rm --runtime {BULKHEAD} --mount type=bind,src=/tmp/hang/fs/sub,dst=/x,options=rbind {IMAGE} silent true"
+    ));
+    let ended = lab.succeed(
+        "pkill -x hang-fs; crictl rmp -fa >/dev/null; umount /tmp/hang/fs; rm -rf /tmp/hang",
+    );
+    let outcome = outcome?;
+    ensure!(outcome.stdout == WAITING_WANTED, "{outcome:#?}");
+    let silent = silent?;
+    ensure!(
+        silent.code != 0 && silent.stderr.contains("does not answer"),
+        "{silent:#?}"
+    );
+    ended?;
+    lab.expect_nothing_left(&before)
 }
