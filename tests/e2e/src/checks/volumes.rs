@@ -16,8 +16,10 @@ pub const CHECKS: &[Check] = &[
 
 /// Functions of the scripts.
 const WORDS: &str = r#"
+# A process of its own would look like something left behind.
+moment() { read -rt 0.1 <> <(:) || true; }
 # Waits until a file has a line of these words.
-until_said() { until grep -q "$2" $1 2>/dev/null; do read -rt 0.1 <> <(:); done; }
+until_said() { until grep -q "$2" $1 2>/dev/null; do moment; done; }
 "#;
 
 /// Four containers: a `subPath`, then all of the volume read-only, then all of it
@@ -29,11 +31,11 @@ rm -rf /tmp/vol; mkdir -p /tmp/vol/data/sub /tmp/vol/data/other /tmp/vol/p1 /tmp
 mount --bind data/sub p1; mount --bind data/other p2
 echo a >data/sub/map; : >data/sub/lock; : >data/other/lock
 echo '{"metadata": {"name": "vol", "namespace": "e2e", "uid": "vol", "attempt": 0},
-  "log_directory": "/tmp/vol/logs", "linux": {}}' >pod.json
+  "log_directory": "/tmp/vol/logs", "linux": {"security_context": {"namespace_options": {"network": 0, "pid": 1, "ipc": 0}}}}' >pod.json
 pod=$(crictl runp --runtime bulkhead pod.json)
 container() {
     echo '{"metadata": {"name": "'$1'", "attempt": 0}, "image": {"image": "docker.io/library/busybox:latest"},
-      "command": ["sleep", "100000"], "log_path": "'$1'.log", "linux": {},
+      "command": ["sleep", "100000"], "log_path": "'$1'.log", "linux": {"security_context": {"namespace_options": {"network": 0, "pid": 1, "ipc": 0}}},
       "mounts": [{"container_path": "/v", "host_path": "/tmp/vol/'$2'", "readonly": '$3'}]}' >$1.json
     local id=$(crictl create $pod $1.json pod.json); crictl start $id >/dev/null; echo $id
 }
@@ -50,7 +52,7 @@ crictl exec $rw touch /v/yes || echo "rw: not written"
 
 meets() { # one's socket, another's path of it
     crictl exec $1 volume-probe listen $2 >heard & listener=$!
-    until crictl exec $3 volume-probe connect $4 >answer 2>/dev/null; do read -rt 0.1 <> <(:); done
+    until crictl exec $3 volume-probe connect $4 >answer 2>/dev/null; do moment; done
     wait $listener; echo "$5: $(cat heard answer | xargs)"
 }
 meets $sub /v/one $ro /v/sub/one "subPath and read-only"
@@ -174,8 +176,8 @@ made";
 const CHANGED: &str = r#"
 # The guest has looked in vain many times.
 late() { awk "BEGIN { print $(cat $2) - $1 }"; }
-now=$EPOCHREALTIME; touch dir/late; until [ -s dir/seen ]; do read -rt 0.1 <> <(:); done; late $now dir/seen
-now=$EPOCHREALTIME; echo new >>dir/target; until [ -s dir/read ]; do read -rt 0.1 <> <(:); done; late $now dir/read
+now=$EPOCHREALTIME; touch dir/late; until [ -s dir/seen ]; do moment; done; late $now dir/seen
+now=$EPOCHREALTIME; echo new >>dir/target; until [ -s dir/read ]; do moment; done; late $now dir/read
 "#;
 
 fn as_on_the_host(lab: &Lab) -> Result<()> {
@@ -187,7 +189,12 @@ fn as_on_the_host(lab: &Lab) -> Result<()> {
     let outcome = lab
         .succeed(KINDS)
         .and_then(|_| lab.succeed(&format!("cd /tmp/kinds; {SEEN}")))
-        .and_then(|seen| Ok((seen, lab.succeed(&format!("cd /tmp/kinds; {CHANGED}"))?)));
+        .and_then(|seen| {
+            Ok((
+                seen,
+                lab.succeed(&format!("{WORDS} cd /tmp/kinds; {CHANGED}"))?,
+            ))
+        });
     let ended = lab.succeed(
         "nerdctl rm -f kinds >/dev/null; umount /tmp/kinds/nested/below; rm -rf /tmp/kinds",
     );
@@ -219,9 +226,9 @@ fn refused(lab: &Lab) -> Result<()> {
     lab.fails_saying("character device", &mount("/dev/null"))?;
     // In a directory, it is there and leads nowhere.
     let shown = lab.run(&format!(
-        "mkdir -p /tmp/with-socket; cd /tmp/with-socket
+        "{WORDS} mkdir -p /tmp/with-socket; cd /tmp/with-socket
          socat UNIX-LISTEN:/tmp/with-socket/host,unlink-early - </dev/null & listener=$!
-         until [ -S host ]; do read -rt 0.1 <> <(:); done
+         until [ -S host ]; do moment; done
          ctr run --rm --runtime {BULKHEAD} --mount type=bind,src=/tmp/with-socket,dst=/x,options=rbind:ro \\
              {IMAGE} socket volume-probe connect /x/host
          kill $listener; rm -rf /tmp/with-socket"
@@ -274,11 +281,11 @@ ctr images unmount --rm image >/dev/null
 setsid ./hang-fs fs >told 2>&1 </dev/null &
 until_said told .; grep -q mounted told || { cat told; exit 1; }
 echo '{"metadata": {"name": "hang", "namespace": "e2e", "uid": "hang", "attempt": 0},
-  "log_directory": "/tmp/hang/logs", "linux": {}}' >pod.json
+  "log_directory": "/tmp/hang/logs", "linux": {"security_context": {"namespace_options": {"network": 0, "pid": 1, "ipc": 0}}}}' >pod.json
 pod=$(crictl runp --runtime bulkhead pod.json)
 container() {
     echo '{"metadata": {"name": "'$1'", "attempt": 0}, "image": {"image": "docker.io/library/busybox:latest"},
-      "command": ["sleep", "100000"], "log_path": "'$1'.log", "linux": {},
+      "command": ["sleep", "100000"], "log_path": "'$1'.log", "linux": {"security_context": {"namespace_options": {"network": 0, "pid": 1, "ipc": 0}}},
       "mounts": [{"container_path": "/v", "host_path": "/tmp/hang/'$2'"}]}' >$1.json
     local id=$(crictl create $pod $1.json pod.json); crictl start $id >/dev/null; echo $id
 }
