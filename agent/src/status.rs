@@ -72,6 +72,7 @@ fn launch_code(error: &LaunchError) -> Code {
         | LaunchError::Channel(_)
         | LaunchError::Ended
         | LaunchError::Reported(_) => Code::INTERNAL,
+        LaunchError::Scheduling(_) => Code::INVALID_ARGUMENT,
     }
 }
 
@@ -81,6 +82,7 @@ fn cgroup_code(error: &CgroupError) -> Code {
         CgroupError::Create { .. }
         | CgroupError::Read { .. }
         | CgroupError::Write { .. }
+        | CgroupError::Delegate { .. }
         | CgroupError::Devices { .. }
         | CgroupError::Busy { .. }
         | CgroupError::NotFrozen { .. }

@@ -13,7 +13,7 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
     sendmsg, socketpair,
 };
-use oci_spec::runtime::{LinuxSeccomp, Process};
+use oci_spec::runtime::{Linux, Process};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -45,7 +45,8 @@ pub enum Request {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ExecSpec {
     pub process: Process,
-    pub seccomp: Option<LinuxSeccomp>,
+    /// The container's.
+    pub linux: Option<Linux>,
 }
 
 /// From the creator to the waiting process.

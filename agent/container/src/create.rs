@@ -10,7 +10,9 @@ use crate::container::Container;
 use crate::control::Request;
 use crate::launch::{ContainerStdio, LaunchError, document, launch};
 use crate::process::Process;
+use crate::rootfs::own_cgroup_namespace;
 use crate::spec_support::{self, Unsupported};
+use crate::user_namespace;
 
 /// What [`create`] needs.
 #[derive(Debug)]
@@ -80,7 +82,8 @@ pub fn create(options: CreateOptions<'_>) -> Result<Container, CreateError> {
     let resources = resources(spec);
     let path = cgroup_path(options.id, spec)?;
     let cgroup = Cgroup::create(options.cgroup_root, &path, resources)?;
-    let result = launch_init(&options, &cgroup).and_then(|launched| {
+    let result = delegate(&cgroup, spec).and_then(|()| {
+        let launched = launch_init(&options, &cgroup)?;
         cgroup.limit_processes(resources)?;
         Ok(launched)
     });
@@ -97,6 +100,18 @@ pub fn create(options: CreateOptions<'_>) -> Result<Container, CreateError> {
             let _ = cgroup.remove();
             Err(error)
         }
+    }
+}
+
+/// A container's root in a user namespace may divide its own cgroup, if it sees
+/// no other.
+fn delegate(cgroup: &Cgroup, spec: &Spec) -> Result<(), CreateError> {
+    let Some(maps) = user_namespace::of_spec(spec).filter(|_| own_cgroup_namespace(spec)) else {
+        return Ok(());
+    };
+    match (maps.guest_uid(0), maps.guest_gid(0)) {
+        (Some(uid), Some(gid)) => Ok(cgroup.delegate(uid, gid)?),
+        _ => Ok(()),
     }
 }
 
@@ -132,5 +147,7 @@ fn launch_init(
         terminal: options.stdio.is_terminal(),
     };
     let descriptors = [specification.as_fd(), directory.as_fd()];
-    Ok(launch(&request, &descriptors, &options.stdio)?)
+    // Validated before anything was made.
+    let process = options.spec.process().clone().unwrap_or_default();
+    Ok(launch(&request, &descriptors, &options.stdio, &process)?)
 }

@@ -2,15 +2,14 @@
 //! arguments.
 
 use std::collections::HashSet;
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
 
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, openat};
 use nix::sys::prctl;
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, fstat, umask};
 use nix::unistd::{Gid, Uid, fchown, setgroups, setresgid, setresuid};
 use oci_spec::runtime::{LinuxCapabilities, PosixRlimitType, Process, User};
@@ -23,12 +22,6 @@ pub enum CredentialsError {
         limit: String,
         #[source]
         source: Errno,
-    },
-    #[error("cannot set oomScoreAdj to {value}")]
-    OomScore {
-        value: i32,
-        #[source]
-        source: io::Error,
     },
     #[error("cannot become user {uid}:{gid}")]
     User {
@@ -89,17 +82,21 @@ fn resource(limit: PosixRlimitType) -> Resource {
     }
 }
 
-/// Sets `process.oomScoreAdj` of the caller.
-pub fn set_oom_score(procfs: &OwnedFd, value: i32) -> Result<(), CredentialsError> {
-    openat(
-        procfs,
-        "self/oom_score_adj",
-        OFlag::O_WRONLY | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(io::Error::from)
-    .and_then(|file| File::from(file).write_all(value.to_string().as_bytes()))
-    .map_err(|source| CredentialsError::OomScore { value, source })
+/// Lets the hard limits be as high as `process.rlimits` asks for: in a user
+/// namespace of its own a process cannot raise them.
+pub fn raise_limits(process: &Process) -> Result<(), CredentialsError> {
+    for limit in process.rlimits().iter().flatten() {
+        let failed = |source| CredentialsError::Limit {
+            limit: format!("{:?} up to {}", limit.typ(), limit.hard()),
+            source,
+        };
+        let resource = resource(limit.typ());
+        let (soft, hard) = getrlimit(resource).map_err(failed)?;
+        if limit.hard() > hard {
+            setrlimit(resource, soft, limit.hard()).map_err(failed)?;
+        }
+    }
+    Ok(())
 }
 
 /// Gives descriptors 0 to 2 to the user, so that it may open `/dev/stdout` and

@@ -3,13 +3,14 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use oci_spec::runtime::{LinuxSeccomp, Process as ProcessSpec, Spec};
+use oci_spec::runtime::{Linux, Process as ProcessSpec, Spec};
 
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::control::{ExecSpec, Request};
 use crate::launch::{ContainerStdio, LaunchError, document, launch};
 use crate::process::Process;
 use crate::spec_support::{self, Unsupported};
+use crate::user_namespace;
 
 /// Why a process was not made in a container. None is left of it.
 #[derive(Debug, thiserror::Error)]
@@ -41,20 +42,19 @@ pub enum ExecError {
 #[derive(Debug)]
 pub struct ExecDefaults {
     process: ProcessSpec,
-    seccomp: Option<LinuxSeccomp>,
+    linux: Option<Linux>,
 }
 
 impl ExecDefaults {
     pub fn new(spec: &Spec) -> Self {
-        let linux = spec.linux().as_ref();
         Self {
             process: spec.process().clone().unwrap_or_default(),
-            seccomp: linux.and_then(|linux| linux.seccomp().clone()),
+            linux: spec.linux().clone(),
         }
     }
 
-    /// As runc does it: capabilities, limits and the OOM score that an exec does
-    /// not name are the container's.
+    /// As runc does it: what an exec does not name of capabilities, limits, the
+    /// OOM score and scheduling is the container's.
     fn complete(&self, asked: &ProcessSpec) -> ExecSpec {
         let mut process = asked.clone();
         if process.capabilities().is_none() {
@@ -66,9 +66,18 @@ impl ExecDefaults {
         if process.oom_score_adj().is_none() {
             process.set_oom_score_adj(self.process.oom_score_adj());
         }
+        if process.scheduler().is_none() {
+            process.set_scheduler(self.process.scheduler().clone());
+        }
+        if process.io_priority().is_none() {
+            process.set_io_priority(*self.process.io_priority());
+        }
+        if process.exec_cpu_affinity().is_none() {
+            process.set_exec_cpu_affinity(self.process.exec_cpu_affinity().clone());
+        }
         ExecSpec {
             process,
-            seccomp: self.seccomp.clone(),
+            linux: self.linux.clone(),
         }
     }
 }
@@ -93,7 +102,11 @@ pub fn exec(
     if cgroup.is_frozen()? {
         return Err(ExecError::Paused);
     }
-    let spec = document(&defaults.complete(asked))?;
+    if let Some(maps) = user_namespace::of(defaults.linux.as_ref()) {
+        maps.check_user(asked)?;
+    }
+    let complete = defaults.complete(asked);
+    let spec = document(&complete)?;
     let [procs, procs_of_init] = open_procs(cgroup, init.pid())?;
     let descriptors = [
         spec.as_fd(),
@@ -101,7 +114,8 @@ pub fn exec(
         procs.as_fd(),
         procs_of_init.as_fd(),
     ];
-    let launched = launch(&Request::Exec { terminal }, &descriptors, stdio);
+    let request = Request::Exec { terminal };
+    let launched = launch(&request, &descriptors, stdio, &complete.process);
     let (process, reported) = launched.map_err(|error| {
         // Whatever failed then, failed for that.
         if init.has_ended() {

@@ -5,26 +5,31 @@
 //! the init into the new ones. For an exec it joins the namespaces of the init
 //! and clones a process into them.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, openat};
+use nix::fcntl::{OFlag, open, openat};
 use nix::sched::CloneFlags;
 use nix::sys::prctl;
 use nix::sys::stat::Mode;
-use nix::unistd::{dup2_stdin, pipe2};
-use oci_spec::runtime::Spec;
+use nix::unistd::dup2_stdin;
+use oci_spec::runtime::{Linux, Process, Spec};
 use serde::de::DeserializeOwned;
 
-use crate::control::{Channel, ChannelError, Report, Request};
+use crate::control::{Channel, ChannelError, ExecSpec, Report, Request};
+use crate::credentials::{self, CredentialsError};
 use crate::init::{self, Init};
 use crate::joined::{self, Joined};
 use crate::kernel_calls::{Cloned, clone_sibling, close_descriptors_from};
 use crate::namespaces::{self, NamespaceError};
-use crate::rootfs::{RootfsError, Sources};
+use crate::outside::{self, Announcement, OutsideError};
+use crate::rootfs::{self, RootfsError, Sources};
+use crate::scheduling::{self, SchedulingError};
+use crate::user_namespace;
 
 /// What failed before the process existed.
 #[derive(Debug, thiserror::Error)]
@@ -37,8 +42,24 @@ enum HelperError {
     Descriptors,
     #[error("cannot read the specification")]
     Specification(#[source] io::Error),
-    #[error("cannot give up the agent's protection from the OOM killer")]
-    OomScore(#[source] io::Error),
+    #[error("cannot set oomScoreAdj to {value}")]
+    OomScore {
+        value: i32,
+        #[source]
+        source: io::Error,
+    },
+    #[error(transparent)]
+    Credentials(#[from] CredentialsError),
+    #[error(transparent)]
+    Scheduling(#[from] SchedulingError),
+    #[error("cannot give the standard streams to the container's user")]
+    Streams(#[source] Errno),
+    #[error("cannot open /proc of the guest")]
+    Procfs(#[source] Errno),
+    #[error("cannot map the user namespace's ids")]
+    IdMaps(#[source] io::Error),
+    #[error(transparent)]
+    Outside(#[from] OutsideError),
     #[error("cannot join the container's cgroup")]
     Cgroup(#[source] io::Error),
     #[error(transparent)]
@@ -47,8 +68,6 @@ enum HelperError {
     Rootfs(#[from] RootfsError),
     #[error("cannot join the namespaces of the container's init")]
     JoinInit(#[source] Errno),
-    #[error("cannot make a pipe to the process")]
-    Pipe(#[source] Errno),
     #[error("cannot clone a process into the container's namespaces")]
     Clone(#[source] io::Error),
 }
@@ -60,13 +79,13 @@ enum HelperError {
 pub fn helper_main() -> ! {
     let code = match connect() {
         Ok(channel) => {
-            if let Err(error) = run(&channel) {
-                // Without the creator there is nobody to tell.
-                let _ = channel.send(&Report::failed(&error), &[]);
-                1
-            } else {
-                0
+            let failed = run(&channel).err();
+            // Without the creator there is nobody to tell.
+            match &failed {
+                None | Some(HelperError::Outside(OutsideError::Told)) => {}
+                Some(error) => drop(channel.send(&Report::failed(error), &[])),
             }
+            i32::from(failed.is_some())
         }
         // Executed by hand: descriptor 0 is no socket of the creator's.
         Err(error) => {
@@ -92,10 +111,6 @@ fn run(channel: &Channel) -> Result<(), HelperError> {
     let (request, descriptors) = channel
         .receive::<Request>()?
         .ok_or(HelperError::CreatorGone)?;
-    // The agent's own is -1000: a container that inherited it could fill the
-    // guest's memory, and the OOM killer would find nothing to kill. Before the
-    // first limit counts; the process sets what its specification asks for.
-    fs::write("/proc/self/oom_score_adj", "0").map_err(HelperError::OomScore)?;
     match request {
         Request::Create {
             share_dir,
@@ -138,6 +153,24 @@ fn sort<const NAMED: usize>(
     Ok((named, Some(streams)))
 }
 
+/// Gets ready, with the agent's privileges, what the process inherits.
+fn prepare(process: &Process, linux: Option<&Linux>, streams: &Streams) -> Result<(), HelperError> {
+    // The agent's own is -1000: a container that inherited it could fill the
+    // guest's memory, and the OOM killer would find nothing to kill. Before the
+    // first limit counts.
+    let value = process.oom_score_adj().unwrap_or(0);
+    fs::write("/proc/self/oom_score_adj", value.to_string())
+        .map_err(|source| HelperError::OomScore { value, source })?;
+    if let Some(maps) = user_namespace::of(linux) {
+        credentials::raise_limits(process)?;
+        let uid = maps.guest_uid(process.user().uid());
+        if let (Some(uid), Some(streams)) = (uid, streams) {
+            user_namespace::give(streams, uid).map_err(HelperError::Streams)?;
+        }
+    }
+    Ok(())
+}
+
 fn create(
     channel: &Channel,
     spec: Spec,
@@ -146,6 +179,9 @@ fn create(
     share_dir: &Path,
     pod_dir: &Path,
 ) -> Result<(), HelperError> {
+    if let Some(process) = spec.process() {
+        prepare(process, spec.linux().as_ref(), &streams)?;
+    }
     // In the cgroup from here on, so that killing the cgroup is enough to clean up.
     openat(
         cgroup,
@@ -157,9 +193,32 @@ fn create(
     .and_then(|procs| File::from(procs).write_all(b"0"))
     .map_err(HelperError::Cgroup)?;
 
-    let sources = Sources::open(&spec, share_dir, pod_dir, cgroup)?;
+    let procfs = open(
+        "/proc",
+        OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(HelperError::Procfs)?;
+    let mut sources = Sources::open(&spec, share_dir, pod_dir, cgroup, &procfs)?;
     namespaces::join(&spec, pod_dir)?;
-    if clone_announced(channel, namespaces::new_ones(&spec))? {
+    let mut new = namespaces::new_ones(&spec);
+    if new.contains(namespaces::NEW_TIME) {
+        namespaces::make_time(&spec)?;
+        new -= namespaces::NEW_TIME;
+    }
+    let maps = user_namespace::of_spec(&spec);
+    if maps.is_some() {
+        rootfs::leave_mounts_of_guest()?;
+    }
+    let ready = |to_init: &Channel, pid: i32, pidfd: &OwnedFd| match maps {
+        Some(maps) => {
+            maps.write(&procfs, pid).map_err(HelperError::IdMaps)?;
+            Ok(outside::set_up(channel, to_init, pidfd.as_fd(), &spec)?)
+        }
+        None => Ok(()),
+    };
+    if let Some(made) = clone_announced(channel, new, ready)? {
+        sources.made = made;
         let init = Init {
             spec,
             sources,
@@ -171,37 +230,54 @@ fn create(
 }
 
 fn exec(channel: &Channel, init: &OwnedFd, joined: Joined) -> Result<(), HelperError> {
-    namespaces::join_those_of(init).map_err(HelperError::JoinInit)?;
-    if clone_announced(channel, CloneFlags::empty())? {
+    let ExecSpec { process, linux } = &joined.spec;
+    prepare(process, linux.as_ref(), &joined.streams)?;
+    scheduling::start_on(process)?;
+    let own_user_namespace = user_namespace::of(linux.as_ref()).is_some();
+    namespaces::join_those_of(init, own_user_namespace).map_err(HelperError::JoinInit)?;
+    let ready = |_: &Channel, _, _: &OwnedFd| Ok(());
+    if clone_announced(channel, CloneFlags::empty(), ready)?.is_some() {
         joined::main(channel, joined);
     }
     Ok(())
 }
 
-/// Clones a process that is the creator's child; `true` in it, once the creator
-/// knows it.
-fn clone_announced(channel: &Channel, namespaces: CloneFlags) -> Result<bool, HelperError> {
-    let (announced, announce) = pipe2(OFlag::O_CLOEXEC).map_err(HelperError::Pipe)?;
+/// Clones a process that is the creator's child. In it, once the creator knows
+/// it and `ready` has done what it does to it, returns the mounts that it gets.
+fn clone_announced(
+    channel: &Channel,
+    namespaces: CloneFlags,
+    ready: impl FnOnce(&Channel, i32, &OwnedFd) -> Result<(), HelperError>,
+) -> Result<Option<HashMap<usize, OwnedFd>>, HelperError> {
+    let (announce, announced) = Channel::pair()?;
     match clone_sibling(namespaces).map_err(HelperError::Clone)? {
         Cloned::Child => {
             drop(announce);
-            wait_until_announced(announced);
-            Ok(true)
+            Ok(Some(wait_until_announced(&Channel::from_socket(announced))))
         }
         Cloned::Parent { pid, pidfd } => {
+            drop(announced);
             channel.send(&Report::Cloned { pid }, &[pidfd.as_fd()])?;
-            // A reader that is gone is a process that was killed: the creator sees that.
-            let _ = File::from(announce).write_all(b".");
-            Ok(false)
+            ready(&announce, pid, &pidfd)?;
+            // A receiver that is gone is a process that was killed: the creator sees that.
+            let _ = announce.send(&Announcement::Go, &[]);
+            Ok(None)
         }
     }
 }
 
 /// The creator must know the process before the process says anything. If the helper
 /// died before it told, nobody ever will.
-fn wait_until_announced(announced: OwnedFd) {
-    if File::from(announced).read_exact(&mut [0]).is_err() {
-        std::process::exit(1);
+fn wait_until_announced(announced: &Channel) -> HashMap<usize, OwnedFd> {
+    let mut mounts = HashMap::new();
+    loop {
+        match announced.receive::<Announcement>() {
+            Ok(Some((Announcement::Mount(index), descriptors))) => {
+                mounts.extend(descriptors.into_iter().map(|mount| (index, mount)));
+            }
+            Ok(Some((Announcement::Go, _))) => return mounts,
+            Ok(None) | Err(_) => std::process::exit(1),
+        }
     }
 }
 

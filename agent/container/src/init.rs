@@ -16,13 +16,13 @@ use nix::unistd::{sethostname, setsid};
 use oci_spec::runtime::{Process, Spec};
 
 use crate::control::{Channel, Report};
-use crate::credentials;
 use crate::kernel_calls::{bring_loopback_up, set_domain_name};
 use crate::namespaces;
 use crate::rootfs::{self, Root, Sources, new_procfs};
 use crate::setup::{self, SetupError, become_streams, failed, prepare};
 use crate::sysctl;
 use crate::terminal::Terminal;
+use crate::user_namespace;
 
 /// What the helper hands over.
 #[derive(Debug)]
@@ -43,47 +43,53 @@ fn run(channel: &Channel, init: Init) -> Result<Infallible, SetupError> {
     let spec = init.spec;
     let process = spec.process().as_ref().ok_or(SetupError::NoProcess)?;
     setsid().map_err(failed("start a session"))?;
-    name_host(&spec)?;
+    let own_user_namespace = user_namespace::of_spec(&spec).is_some();
+    if own_user_namespace {
+        user_namespace::become_root().map_err(failed("become root of the user namespace"))?;
+    }
 
-    let root = Root::attach(init.sources)?;
-    let procfs = new_procfs().map_err(failed("mount a procfs"))?;
+    let mut root = Root::attach(init.sources)?;
+    if !own_user_namespace {
+        let procfs = new_procfs().map_err(failed("mount a procfs"))?;
+        set_up_namespaces(&spec, &procfs)?;
+    }
     root.fill(&spec)?;
     let streams = match init.streams {
         Some(streams) => streams,
         None => open_terminal(&root, process, channel)?,
     };
-    if namespaces::new_ones(&spec).contains(CloneFlags::CLONE_NEWNET) {
-        start_loopback()?;
-    }
-    let linux = spec.linux().as_ref();
-    for (key, value) in linux
-        .and_then(|linux| linux.sysctl().as_ref())
-        .into_iter()
-        .flatten()
-    {
-        sysctl::set(&procfs, key, value)?;
-    }
     root.protect(&spec)?;
+    let linux = spec.linux().as_ref();
     // Validated before anything was made.
     let propagation = linux
         .and_then(|linux| linux.rootfs_propagation().as_deref())
         .filter(|word| !word.is_empty())
         .and_then(|word| rootfs::rootfs_propagation(word).ok());
     // The descriptor closes here, before anything of the container's is opened.
-    rootfs::enter(&root.into_directory(), propagation)?;
+    rootfs::enter(&root.into_directory(), propagation, own_user_namespace)?;
 
-    if let Some(score) = process.oom_score_adj() {
-        credentials::set_oom_score(&procfs, score)?;
-    }
-    drop(procfs);
     become_streams(&streams)?;
     drop(streams);
     make_working_directory(process.cwd())?;
-    let seccomp = linux.and_then(|linux| linux.seccomp().as_ref());
-    let (prepared, warnings) = prepare(process, seccomp)?;
+    let (prepared, warnings) = prepare(process, linux)?;
 
     channel.send(&Report::Ready { warnings }, &[])?;
     setup::wait_for_start(channel, &prepared)
+}
+
+/// Names the host, starts the network and sets `linux.sysctl`, in the caller's
+/// namespaces and with its privileges over them.
+pub fn set_up_namespaces(spec: &Spec, procfs: &OwnedFd) -> Result<(), SetupError> {
+    name_host(spec)?;
+    if namespaces::new_ones(spec).contains(CloneFlags::CLONE_NEWNET) {
+        start_loopback()?;
+    }
+    let linux = spec.linux().as_ref();
+    let settings = linux.and_then(|linux| linux.sysctl().as_ref());
+    for (key, value) in settings.into_iter().flatten() {
+        sysctl::set(procfs, key, value)?;
+    }
+    Ok(())
 }
 
 fn name_host(spec: &Spec) -> Result<(), SetupError> {

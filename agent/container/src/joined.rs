@@ -16,10 +16,11 @@ use nix::unistd::setsid;
 use oci_spec::runtime::Process;
 
 use crate::control::{Channel, ExecSpec, Report};
-use crate::credentials;
-use crate::rootfs::{Tree, new_procfs};
+use crate::rootfs::Tree;
+use crate::scheduling;
 use crate::setup::{self, SetupError, become_streams, failed, prepare};
 use crate::terminal::Terminal;
+use crate::user_namespace;
 
 /// What the helper hands over.
 #[derive(Debug)]
@@ -44,20 +45,19 @@ fn run(channel: &Channel, joined: Joined) -> Result<Infallible, SetupError> {
     // Not the helper but this process, so that one more process is enough for a
     // limit: moving into a cgroup is never refused for it, unlike a fork in it.
     join_cgroup(joined.procs, joined.procs_of_init).map_err(SetupError::Cgroup)?;
+    scheduling::go_on_on(&spec.process)?;
     setsid().map_err(failed("start a session"))?;
-    let procfs = new_procfs().map_err(failed("mount a procfs"))?;
+    if user_namespace::of(spec.linux.as_ref()).is_some() {
+        user_namespace::become_root().map_err(failed("become root of the user namespace"))?;
+    }
     let process = &spec.process;
     let streams = match streams {
         Some(streams) => streams,
         None => open_terminal(process, channel)?,
     };
-    if let Some(score) = process.oom_score_adj() {
-        credentials::set_oom_score(&procfs, score)?;
-    }
-    drop(procfs);
     become_streams(&streams)?;
     drop(streams);
-    let (prepared, warnings) = prepare(process, spec.seccomp.as_ref())?;
+    let (prepared, warnings) = prepare(process, spec.linux.as_ref())?;
     channel.send(&Report::Ready { warnings }, &[])?;
     setup::wait_for_start(channel, &prepared)
 }

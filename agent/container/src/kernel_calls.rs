@@ -27,6 +27,7 @@ pub mod mount_attr {
     pub const STRICTATIME: u64 = 0x0000_0020;
     pub const NODIRATIME: u64 = 0x0000_0080;
     pub const NOSYMFOLLOW: u64 = 0x0020_0000;
+    pub const IDMAP: u64 = 0x0010_0000;
 }
 
 // linux/mount.h
@@ -43,7 +44,7 @@ const FSCONFIG_CMD_CREATE: u32 = 6;
 const AT_RECURSIVE: u32 = 0x8000;
 const AT_EMPTY_PATH: u32 = libc::AT_EMPTY_PATH as u32;
 
-/// What [`clone_sibling`] returns, once in each of the two processes.
+/// What [`clone_sibling`] and [`clone_child`] return, once in each of the two processes.
 #[derive(Debug)]
 pub enum Cloned {
     /// In the new process.
@@ -84,13 +85,23 @@ pub unsafe fn take_descriptor(descriptor: RawFd) -> OwnedFd {
 /// clone3 with `CLONE_PARENT` and `CLONE_PIDFD`: the new process has the
 /// caller's parent as its parent. The caller must be single-threaded.
 pub fn clone_sibling(namespaces: CloneFlags) -> io::Result<Cloned> {
+    // The exit signal stays 0: with CLONE_PARENT it is the caller's own.
+    clone(namespaces.bits() | libc::CLONE_PARENT, 0)
+}
+
+/// clone3 with `CLONE_PIDFD`: the new process is the caller's to reap. The
+/// caller must be single-threaded.
+pub fn clone_child(namespaces: CloneFlags) -> io::Result<Cloned> {
+    clone(namespaces.bits(), libc::SIGCHLD.unsigned_abs().into())
+}
+
+fn clone(flags: i32, exit_signal: u64) -> io::Result<Cloned> {
     let mut pidfd: RawFd = -1;
     // SAFETY: plain integers, for which zero means "not used".
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags =
-        u64::from((namespaces.bits() | libc::CLONE_PARENT | libc::CLONE_PIDFD).cast_unsigned());
+    arguments.flags = u64::from((flags | libc::CLONE_PIDFD).cast_unsigned());
+    arguments.exit_signal = exit_signal;
     arguments.pidfd = ptr::from_mut(&mut pidfd) as u64;
-    // The exit signal stays 0: with CLONE_PARENT it is the caller's own.
 
     // SAFETY: no CLONE_VM and no stack: this is a fork. The caller has one
     // thread, so the child's copy of memory holds no lock of another thread.
@@ -206,7 +217,7 @@ pub struct MountAttributes {
     pub clear: u64,
     /// `MS_SHARED`, `MS_SLAVE`, `MS_PRIVATE`, `MS_UNBINDABLE` or 0.
     pub propagation: u64,
-    /// For id-mapped mounts; not used.
+    /// With [`mount_attr::IDMAP`]: the user namespace that maps the ids.
     pub userns_fd: u64,
 }
 
@@ -426,4 +437,73 @@ pub fn set_domain_name(name: &str) -> io::Result<()> {
         libc::setdomainname(name.as_ptr().cast(), name.len())
     }))
     .map(drop)
+}
+
+/// `struct sched_attr` of `linux/sched/types.h`, in its first version but for the size.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct SchedulingAttributes {
+    pub policy: u32,
+    pub flags: u64,
+    pub nice: i32,
+    pub priority: u32,
+    /// Nanoseconds, as the two below.
+    pub runtime: u64,
+    pub deadline: u64,
+    pub period: u64,
+}
+
+/// Sets policy and parameters of a thread, 0 being the caller.
+pub fn set_scheduling_attributes(pid: i32, attributes: &SchedulingAttributes) -> io::Result<()> {
+    #[repr(C)]
+    struct SchedAttr {
+        size: u32,
+        policy: u32,
+        flags: u64,
+        nice: i32,
+        priority: u32,
+        runtime: u64,
+        deadline: u64,
+        period: u64,
+    }
+    let attributes = SchedAttr {
+        size: size_of::<SchedAttr>() as u32,
+        policy: attributes.policy,
+        flags: attributes.flags,
+        nice: attributes.nice,
+        priority: attributes.priority,
+        runtime: attributes.runtime,
+        deadline: attributes.deadline,
+        period: attributes.period,
+    };
+    // SAFETY: `attributes` has the layout and, in its first field, the size of
+    // the kernel's (SCHED_ATTR_SIZE_VER0), and outlives the call.
+    check(unsafe { libc::syscall(libc::SYS_sched_setattr, pid, ptr::from_ref(&attributes), 0) })
+        .map(drop)
+}
+
+/// Sets the I/O priority of a thread, 0 being the caller.
+pub fn set_io_priority(pid: i32, priority: i32) -> io::Result<()> {
+    const IOPRIO_WHO_PROCESS: i32 = 1;
+    // SAFETY: integers only.
+    check(unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, pid, priority) })
+        .map(drop)
+}
+
+/// Sets the caller's execution domain.
+pub fn set_personality(domain: u32) -> io::Result<()> {
+    // SAFETY: an integer only.
+    check(unsafe { libc::syscall(libc::SYS_personality, libc::c_ulong::from(domain)) }).map(drop)
+}
+
+/// Sets the caller's memory policy: a mode with flags, and nodes as bits.
+pub fn set_memory_policy(mode: u32, nodes: u64) -> io::Result<()> {
+    let (mask, bits) = if nodes == 0 {
+        (ptr::null(), 0)
+    } else {
+        // The kernel reads one bit less than it is told.
+        (ptr::from_ref(&nodes), libc::c_ulong::from(u64::BITS) + 1)
+    };
+    // SAFETY: `mask` is null or points to the bits that are told, rounded up to
+    // whole words less the one that does not count; it outlives the call.
+    check(unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask, bits) }).map(drop)
 }

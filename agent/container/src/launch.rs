@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::control::{Channel, ChannelError, Report, Request};
 use crate::kernel_calls::pidfd_send_signal;
 use crate::process::Process;
+use crate::scheduling::{self, SchedulingError};
 
 /// Why there is no process that waits to be started.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +29,9 @@ pub enum LaunchError {
     /// What the helper or the process reports, its causes included.
     #[error("{0}")]
     Reported(String),
+    /// The kernel does not schedule it as asked for.
+    #[error(transparent)]
+    Scheduling(#[from] SchedulingError),
 }
 
 impl From<ChannelError> for LaunchError {
@@ -79,12 +83,13 @@ struct Reported {
 }
 
 /// Has a process made as `request` says, with the descriptors that it names.
-/// Returns the process, which waits to be started, and what the log should say.
-/// On an error it has ended or is about to.
+/// Returns the process, which waits to be started scheduled as `process` says,
+/// and what the log should say. On an error it has ended or is about to.
 pub fn launch(
     request: &Request,
     descriptors: &[BorrowedFd<'_>],
     stdio: &ContainerStdio,
+    process: &oci_spec::runtime::Process,
 ) -> Result<(Process, Vec<String>), LaunchError> {
     let channel = spawn_helper()?;
     channel.send(request, &[descriptors, &stdio.descriptors()].concat())?;
@@ -93,6 +98,7 @@ pub fn launch(
     let Some((pid, pidfd)) = reported.process.take() else {
         return Err(ready.err().unwrap_or(LaunchError::Ended));
     };
+    let ready = ready.and_then(|()| Ok(scheduling::apply(pid, process)?));
     if let Err(error) = ready {
         // It may have ended: the first error is the one to tell.
         let _ = pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);

@@ -24,20 +24,24 @@ mod control;
 mod create;
 mod credentials;
 mod exec;
+mod execution_domain;
 mod helper;
 mod init;
 mod joined;
 mod kernel_calls;
 mod launch;
 mod namespaces;
+mod outside;
 mod process;
 mod program;
 mod rootfs;
+mod scheduling;
 mod seccomp;
 mod setup;
 mod spec_support;
 mod sysctl;
 mod terminal;
+mod user_namespace;
 
 pub use cgroup::{CgroupError, DeviceFigures, Figures, HugePages, Keyed, Pressure, Waiting};
 pub use container::{Container, UpdateError};
@@ -46,6 +50,7 @@ pub use exec::ExecError;
 pub use helper::helper_main;
 pub use launch::{ContainerStdio, LaunchError};
 pub use process::{Process, ResizeError, SignalError, StartError};
+pub use scheduling::SchedulingError;
 pub use spec_support::{ParseError, Unsupported, parse, parse_process, parse_resources, validate};
 
 /// First argument with which the agent's binary is executed as the helper. Its

@@ -1,12 +1,14 @@
 //! `linux.namespaces`: which are new, which are the pod's.
 
+use std::fmt::Write as _;
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 
 use crate::Unsupported;
@@ -30,6 +32,14 @@ pub enum NamespaceError {
         #[source]
         source: Errno,
     },
+    #[error("cannot make a time namespace")]
+    Time(#[source] Errno),
+    #[error("cannot set linux.timeOffsets to {offsets}")]
+    TimeOffsets {
+        offsets: String,
+        #[source]
+        source: io::Error,
+    },
 }
 
 fn namespaces(spec: &Spec) -> &[LinuxNamespace] {
@@ -48,8 +58,7 @@ fn flag(kind: LinuxNamespaceType) -> CloneFlags {
         LinuxNamespaceType::User => CloneFlags::CLONE_NEWUSER,
         LinuxNamespaceType::Pid => CloneFlags::CLONE_NEWPID,
         LinuxNamespaceType::Network => CloneFlags::CLONE_NEWNET,
-        // CLONE_NEWTIME of linux/sched.h, which nix does not name.
-        LinuxNamespaceType::Time => CloneFlags::from_bits_retain(0x80),
+        LinuxNamespaceType::Time => NEW_TIME,
     }
 }
 
@@ -71,6 +80,9 @@ fn path(namespace: &LinuxNamespace) -> Option<&Path> {
     let path = namespace.path().as_deref();
     path.filter(|path| !path.as_os_str().is_empty())
 }
+
+/// `CLONE_NEWTIME` of linux/sched.h, which nix does not name and only [`make_time`] makes.
+pub const NEW_TIME: CloneFlags = CloneFlags::from_bits_retain(0x80);
 
 /// What is to be new.
 pub fn new_ones(spec: &Spec) -> CloneFlags {
@@ -99,11 +111,14 @@ pub fn check(spec: &Spec) -> Result<(), Unsupported> {
         }
         seen |= flag(kind);
         match kind {
-            LinuxNamespaceType::User => {
-                return refuse(kind, "user namespaces are not supported yet");
+            LinuxNamespaceType::User if path(namespace).is_some() => {
+                return refuse(kind, "a user namespace cannot be joined: map the same ids");
             }
-            LinuxNamespaceType::Time => {
-                return refuse(kind, "time namespaces are not supported yet");
+            LinuxNamespaceType::Time if path(namespace).is_some() => {
+                return refuse(
+                    kind,
+                    "a time namespace cannot be joined: set the same offsets",
+                );
             }
             LinuxNamespaceType::Pid if path(namespace).is_some() => {
                 return refuse(kind, "a shared PID namespace is not supported yet");
@@ -143,6 +158,47 @@ pub fn check(spec: &Spec) -> Result<(), Unsupported> {
     Ok(())
 }
 
+/// Makes the new time namespace that the caller's children will be in, with
+/// `linux.timeOffsets`. Before the first of them: it cannot be changed later.
+pub fn make_time(spec: &Spec) -> Result<(), NamespaceError> {
+    unshare(flag(LinuxNamespaceType::Time)).map_err(NamespaceError::Time)?;
+    let linux = spec.linux().as_ref();
+    let offsets = linux.and_then(|linux| linux.time_offsets().as_ref());
+    let mut lines = String::new();
+    for (clock, offset) in offsets.into_iter().flatten() {
+        let (secs, nanosecs) = (offset.secs().unwrap_or(0), offset.nanosecs().unwrap_or(0));
+        let _ = writeln!(lines, "{clock} {secs} {nanosecs}");
+    }
+    if lines.is_empty() {
+        return Ok(());
+    }
+    fs::write("/proc/self/timens_offsets", &lines).map_err(|source| NamespaceError::TimeOffsets {
+        offsets: lines.trim_end().replace('\n', ", "),
+        source,
+    })
+}
+
+/// Refuses offsets that no clock or no namespace is there for.
+pub fn check_time_offsets(spec: &Spec) -> Result<(), Unsupported> {
+    let linux = spec.linux().as_ref();
+    let offsets = linux.and_then(|linux| linux.time_offsets().as_ref());
+    for (clock, offset) in offsets.into_iter().flatten() {
+        let field = format!("linux.timeOffsets.{clock}");
+        if !["monotonic", "boottime"].contains(&clock.as_str()) {
+            return Err(Unsupported::new(field, "is no clock of a time namespace"));
+        }
+        if !new_ones(spec).contains(flag(LinuxNamespaceType::Time)) {
+            let reason = "needs a namespace of type time in linux.namespaces";
+            return Err(Unsupported::new(field, reason));
+        }
+        // NSEC_PER_SEC, by proc_timens_set_offset
+        if offset.nanosecs().unwrap_or(0) > 999_999_999 {
+            return Err(Unsupported::new(field, "nanosecs is more than 999999999"));
+        }
+    }
+    Ok(())
+}
+
 /// Joins every namespace that is named by a path below `pod_dir`.
 pub fn join(spec: &Spec, pod_dir: &Path) -> Result<(), NamespaceError> {
     for namespace in namespaces(spec) {
@@ -159,11 +215,13 @@ pub fn join(spec: &Spec, pod_dir: &Path) -> Result<(), NamespaceError> {
 
 /// Joins the namespaces of a container by its init, as they are when it is
 /// called; the PID namespace takes the caller's later children alone. A kind
-/// that the container shares with the agent is joined again, to no effect. The
+/// that the container shares with the agent is joined again, to no effect; but
+/// for the user namespace, to which the kernel does not let anybody return. The
 /// caller's root and working directory become the container's.
-pub fn join_those_of(init: &OwnedFd) -> Result<(), Errno> {
-    // Without the user namespace, of which a container has none of its own yet.
+pub fn join_those_of(init: &OwnedFd, own_user_namespace: bool) -> Result<(), Errno> {
+    let user = own_user_namespace.then_some(LinuxNamespaceType::User);
     let kinds = [
+        LinuxNamespaceType::Time,
         LinuxNamespaceType::Cgroup,
         LinuxNamespaceType::Ipc,
         LinuxNamespaceType::Uts,
@@ -171,7 +229,7 @@ pub fn join_those_of(init: &OwnedFd) -> Result<(), Errno> {
         LinuxNamespaceType::Pid,
         LinuxNamespaceType::Mount,
     ];
-    let kinds = kinds.into_iter().map(flag);
+    let kinds = kinds.into_iter().chain(user).map(flag);
     setns(init, kinds.fold(CloneFlags::empty(), CloneFlags::union))
 }
 

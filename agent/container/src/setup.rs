@@ -7,13 +7,15 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use nix::unistd::{chdir, dup2_stderr, dup2_stdin, dup2_stdout, getcwd};
-use oci_spec::runtime::{LinuxSeccomp, Process};
+use oci_spec::runtime::{Linux, Process};
 
 use crate::control::{Channel, ChannelError, Command, Report};
 use crate::credentials::{self, CapabilitySets, CredentialsError};
+use crate::execution_domain::{enter_memory_policy, enter_personality};
 use crate::kernel_calls::{close_on_exec_from, reset_signals};
 use crate::program::{self, Program, ProgramError};
 use crate::rootfs::RootfsError;
+use crate::scheduling::SchedulingError;
 use crate::seccomp::{Filter, SeccompError};
 use crate::sysctl::SysctlError;
 use crate::terminal::{Terminal, TerminalError};
@@ -35,6 +37,8 @@ pub enum SetupError {
     Seccomp(#[from] SeccompError),
     #[error(transparent)]
     Program(#[from] ProgramError),
+    #[error(transparent)]
+    Scheduling(#[from] SchedulingError),
     #[error("the specification has no process")]
     NoProcess,
     #[error("cannot join the container's cgroup")]
@@ -101,12 +105,13 @@ pub fn become_streams([stdin, stdout, stderr]: &[OwnedFd; 3]) -> Result<(), Setu
 }
 
 /// Everything that can fail for the user's reasons and can be done before the
-/// start, so that creating the process tells it.
+/// start, so that creating the process tells it. `linux` is the container's.
 pub fn prepare(
     process: &Process,
-    seccomp: Option<&LinuxSeccomp>,
+    linux: Option<&Linux>,
 ) -> Result<(Prepared, Vec<String>), SetupError> {
     let user = process.user();
+    let seccomp = linux.and_then(|linux| linux.seccomp().as_ref());
     let seccomp = seccomp.map(Filter::compile).transpose()?;
     let (capabilities, warnings) = CapabilitySets::new(process.capabilities().as_ref());
     credentials::give_streams(user)?;
@@ -117,6 +122,14 @@ pub fn prepare(
     // that is found must be one that the process may execute.
     let path = capabilities.with_effective(|| program::locate(process))??;
     let program = Program::try_new(path, process)?;
+    if let Some(personality) = linux.and_then(|linux| linux.personality().as_ref()) {
+        enter_personality(personality).map_err(failed("set linux.personality"))?;
+    }
+    if let Some(policy) = linux.and_then(|linux| linux.memory_policy().as_ref()) {
+        enter_memory_policy(policy).map_err(failed(
+            "set linux.memoryPolicy (are its nodes the guest's?)",
+        ))?;
+    }
     // After the last file was opened and before the last capability goes:
     // RLIMIT_NOFILE may be tiny, and raising a limit is a privilege.
     credentials::set_limits(process)?;

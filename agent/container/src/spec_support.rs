@@ -7,7 +7,9 @@ use std::path::{Component, Path};
 use oci_spec::runtime::{Hooks, Linux, LinuxResources, Process, Spec};
 use serde::de::DeserializeOwned;
 
-use crate::{cgroup, namespaces, rootfs, seccomp, sysctl};
+use crate::{
+    cgroup, execution_domain, namespaces, rootfs, scheduling, seccomp, sysctl, user_namespace,
+};
 
 /// A field, or a value of it, that is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -66,8 +68,32 @@ pub fn parse_resources(json: &[u8]) -> Result<LinuxResources, ParseError> {
     parse_below("linux.resources.", json)
 }
 
+/// The specification's spelling of a flag of `process.scheduler`, and that of
+/// the crate whose types are read here (oci-spec 0.10).
+const DL_OVERRUN: [&str; 2] = ["SCHED_FLAG_DL_OVERRUN", "SCHED_FLAG_D_L_OVERRUN"];
+
+/// Spells as the types do; `None` for what spells so anyway, as all but that one flag does.
+fn respelled(place: &str, json: &[u8]) -> Option<Vec<u8>> {
+    let quoted = format!("{:?}", DL_OVERRUN[0]);
+    json.windows(quoted.len())
+        .find(|window| *window == quoted.as_bytes())?;
+    let mut value: serde_json::Value = serde_json::from_slice(json).ok()?;
+    let pointer = if place.is_empty() {
+        "/process/scheduler/flags"
+    } else {
+        "/scheduler/flags"
+    };
+    let flags = value.pointer_mut(pointer)?.as_array_mut()?;
+    for flag in flags.iter_mut().filter(|flag| *flag == DL_OVERRUN[0]) {
+        *flag = DL_OVERRUN[1].into();
+    }
+    Some(value.to_string().into_bytes())
+}
+
 /// Reads what `place` in the configuration holds.
 fn parse_below<T: DeserializeOwned>(place: &str, json: &[u8]) -> Result<T, ParseError> {
+    let respelled = respelled(place, json);
+    let json = respelled.as_deref().unwrap_or(json);
     let mut unknown = None;
     let mut deserializer = serde_json::Deserializer::from_slice(json);
     let value = serde_ignored::deserialize(&mut deserializer, |path| {
@@ -142,8 +168,16 @@ pub fn validate(spec: &Spec) -> Result<(), Unsupported> {
             spec.vm().is_some(),
             "the VM is configured on the host",
         ),
-        ("uidMappings", spec.uid_mappings().is_some(), NOT_YET),
-        ("gidMappings", spec.gid_mappings().is_some(), NOT_YET),
+        (
+            "uidMappings",
+            spec.uid_mappings().is_some(),
+            "is no field of the specification: use linux.uidMappings",
+        ),
+        (
+            "gidMappings",
+            spec.gid_mappings().is_some(),
+            "is no field of the specification: use linux.gidMappings",
+        ),
     ])?;
     let root = spec
         .root()
@@ -159,6 +193,8 @@ pub fn validate(spec: &Spec) -> Result<(), Unsupported> {
         validate_hooks(hooks)?;
     }
     namespaces::check(spec)?;
+    namespaces::check_time_offsets(spec)?;
+    user_namespace::check(spec)?;
     for (index, mount) in spec.mounts().iter().flatten().enumerate() {
         let field = |name: &str| format!("mounts[{index}].{name}");
         absolute(&field("destination"), mount.destination())?;
@@ -169,14 +205,7 @@ pub fn validate(spec: &Spec) -> Result<(), Unsupported> {
                 mount.source().as_deref().unwrap_or(Path::new("")),
             )?;
         }
-        for (name, mappings) in [
-            ("uidMappings", mount.uid_mappings()),
-            ("gidMappings", mount.gid_mappings()),
-        ] {
-            if mappings.iter().flatten().next().is_some() {
-                return Err(Unsupported::new(field(name), NOT_YET));
-            }
-        }
+        rootfs::check_id_maps(index, &options, mount, spec)?;
     }
     rootfs::check_devices(spec)?;
     spec.linux().as_ref().map_or(Ok(()), validate_linux)
@@ -211,19 +240,9 @@ pub fn validate_process(process: &Process) -> Result<(), Unsupported> {
             set(process.user().username()),
             "the guest is Linux: use uid and gid",
         ),
-        (
-            "process.ioPriority",
-            process.io_priority().is_some(),
-            NOT_YET,
-        ),
-        ("process.scheduler", process.scheduler().is_some(), NOT_YET),
-        (
-            "process.execCPUAffinity",
-            process.exec_cpu_affinity().is_some(),
-            NOT_YET,
-        ),
     ])?;
     absolute("process.cwd", process.cwd())?;
+    scheduling::check(process)?;
     match process
         .oom_score_adj()
         .filter(|score| !(-1000..=1000).contains(score))
@@ -260,33 +279,22 @@ fn validate_hooks(hooks: &Hooks) -> Result<(), Unsupported> {
 fn validate_linux(linux: &Linux) -> Result<(), Unsupported> {
     refuse_first([
         (
-            "linux.uidMappings",
-            linux.uid_mappings().iter().flatten().next().is_some(),
-            NOT_YET,
-        ),
-        (
-            "linux.gidMappings",
-            linux.gid_mappings().iter().flatten().next().is_some(),
-            NOT_YET,
-        ),
-        (
             "linux.netDevices",
             linux.net_devices().iter().flatten().next().is_some(),
             "network devices of the host are not in the guest",
         ),
-        ("linux.intelRdt", linux.intel_rdt().is_some(), NOT_YET),
         (
-            "linux.memoryPolicy",
-            linux.memory_policy().is_some(),
-            NOT_YET,
-        ),
-        ("linux.personality", linux.personality().is_some(), NOT_YET),
-        (
-            "linux.timeOffsets",
-            linux.time_offsets().iter().flatten().next().is_some(),
-            NOT_YET,
+            "linux.intelRdt",
+            linux.intel_rdt().is_some(),
+            "caches and memory bandwidth are the host's to divide",
         ),
     ])?;
+    if let Some(personality) = linux.personality() {
+        execution_domain::check_personality(personality)?;
+    }
+    if let Some(policy) = linux.memory_policy() {
+        execution_domain::check_memory_policy(policy)?;
+    }
     if let Some(path) = linux.cgroups_path() {
         let inside = path
             .components()

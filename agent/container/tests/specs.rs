@@ -81,21 +81,6 @@ fn validate_each_unsupported_field_is_refused_by_its_name() {
         ),
         ("/process/oomScoreAdj", json!(1001), "process.oomScoreAdj"),
         (
-            "/process/ioPriority",
-            json!({"class": "IOPRIO_CLASS_BE", "priority": 1}),
-            "process.ioPriority",
-        ),
-        (
-            "/process/scheduler",
-            json!({"policy": "SCHED_BATCH"}),
-            "process.scheduler",
-        ),
-        (
-            "/process/execCPUAffinity",
-            json!({"initial": "0"}),
-            "process.execCPUAffinity",
-        ),
-        (
             "/hooks",
             json!({"createContainer": hook}),
             "hooks.createContainer",
@@ -119,19 +104,14 @@ fn validate_each_unsupported_field_is_refused_by_its_name() {
         ("/linux/netDevices", json!({"eth0": {}}), "linux.netDevices"),
         ("/linux/intelRdt", json!({"closID": "c"}), "linux.intelRdt"),
         (
-            "/linux/memoryPolicy",
-            json!({"mode": "MPOL_BIND", "nodes": "0"}),
-            "linux.memoryPolicy",
-        ),
-        (
             "/linux/personality",
-            json!({"domain": "LINUX32"}),
-            "linux.personality",
+            json!({"domain": "LINUX32", "flags": ["SHORT_INODE"]}),
+            "linux.personality.flags",
         ),
         (
             "/linux/timeOffsets",
             json!({"boottime": {"secs": 1}}),
-            "linux.timeOffsets",
+            "linux.timeOffsets.boottime",
         ),
         (
             "/linux/cgroupsPath",
@@ -178,12 +158,12 @@ fn validate_each_unsupported_field_is_refused_by_its_name() {
         ("/linux/namespaces", without("uts"), "linux.namespaces: uts"),
         (
             "/linux/namespaces",
-            namespaces(json!({"type": "user"})),
+            namespaces(json!({"type": "user", "path": "/run/bulkhead/pod/ns/user"})),
             "linux.namespaces: user",
         ),
         (
             "/linux/namespaces",
-            namespaces(json!({"type": "time"})),
+            namespaces(json!({"type": "time", "path": "/run/bulkhead/pod/ns/time"})),
             "linux.namespaces: time",
         ),
         (
@@ -210,9 +190,9 @@ fn validate_each_unsupported_field_is_refused_by_its_name() {
         (
             "/mounts/0/uidMappings",
             mapping.clone(),
-            "mounts[0].uidMappings",
+            "mounts[0].gidMappings",
         ),
-        ("/mounts/0/gidMappings", mapping, "mounts[0].gidMappings"),
+        ("/mounts/0/gidMappings", mapping, "mounts[0].uidMappings"),
         ("/mounts/0/options", json!(["remount"]), "mounts[0].options"),
         (
             "/mounts/0",

@@ -9,7 +9,7 @@ mod update;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -28,6 +28,9 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long processes may take to be frozen.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Names the files that go with a cgroup to the user that it is delegated to.
+const DELEGATE: &str = "/sys/kernel/cgroup/delegate";
 
 /// What failed with a cgroup.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +66,15 @@ pub enum CgroupError {
         path: PathBuf,
         /// What was to be written.
         value: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It cannot be handed to the root of the container's user namespace.
+    #[error("cannot hand {path} to the container's root")]
+    Delegate {
+        /// Its directory, or a file of it.
+        path: PathBuf,
         /// Why.
         #[source]
         source: io::Error,
@@ -188,6 +200,24 @@ impl Cgroup {
             }
             result => result,
         }
+    }
+
+    /// Lets a user of the guest make cgroups below it and move processes between
+    /// them, but change no limit: the kernel lists the files for that.
+    pub fn delegate(&self, uid: u32, gid: u32) -> Result<(), CgroupError> {
+        let give = |path: PathBuf| match chown(&path, Some(uid), Some(gid)) {
+            // Of a controller that is not here.
+            Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result.map_err(|source| CgroupError::Delegate { path, source }),
+        };
+        give(self.path.clone())?;
+        let files = fs::read_to_string(DELEGATE).map_err(|source| CgroupError::Read {
+            path: DELEGATE.into(),
+            source,
+        })?;
+        files
+            .lines()
+            .try_for_each(|file| give(self.path.join(file)))
     }
 
     /// Sets the limit on processes. Apart from the others, since the helper and

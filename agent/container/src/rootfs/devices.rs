@@ -2,7 +2,6 @@
 //! on the host may name the guest's own in here.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -14,6 +13,7 @@ use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Spec};
 use super::{RootfsError, Tree};
 use crate::Unsupported;
 use crate::cgroup::allows_every_device;
+use crate::user_namespace;
 
 /// Devices that are the same in every kernel, as major and minor numbers of
 /// Documentation/admin-guide/devices.txt.
@@ -137,8 +137,13 @@ pub fn check(spec: &Spec) -> Result<Option<String>, Unsupported> {
     }))
 }
 
-/// Makes the default devices, those of the specification, and the links, in the container's `/dev`.
-pub fn make(tree: &Tree, spec: &Spec) -> Result<(), RootfsError> {
+/// Makes the default devices, those of the specification, and the links, in the
+/// container's `/dev`, which is the root of `dev`.
+pub fn make(dev: &Tree, spec: &Spec) -> Result<(), RootfsError> {
+    let maps = user_namespace::of_spec(spec);
+    // In a user namespace an owner without an id in there is nobody, as elsewhere.
+    let guest_uid = |uid| maps.map_or(uid, |maps| maps.guest_uid(uid).unwrap_or(uid));
+    let guest_gid = |gid| maps.map_or(gid, |maps| maps.guest_gid(gid).unwrap_or(gid));
     let asked: Vec<_> = devices(spec)
         .iter()
         .filter(|device| is_virtual(device))
@@ -148,15 +153,15 @@ pub fn make(tree: &Tree, spec: &Spec) -> Result<(), RootfsError> {
         // One that the specification describes itself is made as it says.
         if asked.iter().all(|device| *device.path() != path) {
             make_node(
-                tree,
+                dev,
                 &Node {
                     path,
                     kind: SFlag::S_IFCHR,
                     major,
                     minor,
                     mode: 0o666,
-                    uid: 0,
-                    gid: 0,
+                    uid: guest_uid(0),
+                    gid: guest_gid(0),
                 },
             )?;
         }
@@ -167,7 +172,7 @@ pub fn make(tree: &Tree, spec: &Spec) -> Result<(), RootfsError> {
             continue;
         }
         make_node(
-            tree,
+            dev,
             &Node {
                 path: device.path().clone(),
                 kind: if device.typ() == LinuxDeviceType::P {
@@ -178,14 +183,13 @@ pub fn make(tree: &Tree, spec: &Spec) -> Result<(), RootfsError> {
                 major: device.major().unsigned_abs(),
                 minor: device.minor().unsigned_abs(),
                 mode: device.file_mode().unwrap_or(0o666),
-                uid: device.uid().unwrap_or(0),
-                gid: device.gid().unwrap_or(0),
+                uid: guest_uid(device.uid().unwrap_or(0)),
+                gid: guest_gid(device.gid().unwrap_or(0)),
             },
         )?;
     }
-    let dev = open_dev(tree)?;
     for (name, target) in LINKS {
-        match symlinkat(target, &dev, name) {
+        match symlinkat(target, dev, name) {
             Ok(()) | Err(Errno::EEXIST) => {}
             Err(errno) => {
                 return Err(RootfsError::Link {
@@ -198,15 +202,7 @@ pub fn make(tree: &Tree, spec: &Spec) -> Result<(), RootfsError> {
     Ok(())
 }
 
-fn open_dev(tree: &Tree) -> Result<OwnedFd, RootfsError> {
-    tree.make_directory(Path::new("/dev"))
-        .map_err(|errno| RootfsError::Target {
-            destination: "/dev".into(),
-            source: errno.into(),
-        })
-}
-
-fn make_node(tree: &Tree, node: &Node) -> Result<(), RootfsError> {
+fn make_node(dev: &Tree, node: &Node) -> Result<(), RootfsError> {
     let failed = |source: io::Error| RootfsError::Device {
         path: node.path.clone(),
         source,
@@ -214,7 +210,9 @@ fn make_node(tree: &Tree, node: &Node) -> Result<(), RootfsError> {
     let (Some(parent), Some(name)) = (node.path.parent(), node.path.file_name()) else {
         return Err(failed(io::ErrorKind::InvalidInput.into()));
     };
-    let directory = tree
+    // Every device is below /dev, as was checked.
+    let parent = parent.strip_prefix("/dev").unwrap_or(parent);
+    let directory = dev
         .make_directory(parent)
         .map_err(|errno| failed(errno.into()))?;
     let number = if node.kind == SFlag::S_IFIFO {

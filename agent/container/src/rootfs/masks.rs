@@ -1,11 +1,12 @@
 //! `linux.maskedPaths` and `linux.readonlyPaths`. A path that is not there needs neither.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::sys::stat::{SFlag, fstat};
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::{Mode, SFlag, fstat};
 
 use super::mounts::new_empty_directory;
 use super::{RootfsError, Tree};
@@ -20,18 +21,35 @@ const READONLY: MountAttributes = MountAttributes {
     userns_fd: 0,
 };
 
-/// Covers a directory with an empty one, anything else with the guest's `/dev/null`.
-pub fn mask(tree: &Tree, path: &Path, null: BorrowedFd<'_>) -> Result<(), RootfsError> {
+/// A copy of the guest's own `/dev/null`, which no container can have replaced:
+/// the caller's root is still the guest's. Read-only, since its owner and mode
+/// are those of every container's masked files.
+pub fn open_null() -> Result<OwnedFd, RootfsError> {
+    open("/dev/null", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
+        .map_err(io::Error::from)
+        .and_then(|null| clone_mount(null.as_fd(), false))
+        .and_then(|mount| {
+            set_mount_attributes(mount.as_fd(), READONLY, false)?;
+            Ok(mount)
+        })
+        .map_err(|source| RootfsError::Enter {
+            step: "take /dev/null of the guest",
+            source,
+        })
+}
+
+/// Covers a directory with an empty one, anything else with what `null` returns.
+pub fn mask(
+    tree: &Tree,
+    path: &Path,
+    null: impl FnOnce() -> Result<OwnedFd, RootfsError>,
+) -> Result<(), RootfsError> {
     cover(tree, path, |target| {
         let kind = SFlag::from_bits_truncate(fstat(target)?.st_mode) & SFlag::S_IFMT;
         let mount = if kind == SFlag::S_IFDIR {
             new_empty_directory()?
         } else {
-            // Read-only: its owner and mode are those of the guest's own node,
-            // which every container's masked files are.
-            let mount = clone_mount(null, false)?;
-            set_mount_attributes(mount.as_fd(), READONLY, false)?;
-            mount
+            null().map_err(io::Error::other)?
         };
         attach_mount(mount.as_fd(), target)
     })

@@ -16,9 +16,9 @@ use std::io;
 use std::path::PathBuf;
 
 pub use devices::check as check_devices;
-pub use mounts::new_procfs;
-pub use options::{Kind, parse as parse_options, rootfs_propagation};
-pub use root::{Root, enter};
+pub use mounts::{made_outside, new_procfs, own_cgroup_namespace};
+pub use options::{Kind, check_id_maps, parse as parse_options, rootfs_propagation};
+pub use root::{Root, enter, leave_mounts_of_guest};
 pub use sources::Sources;
 pub use tree::{Tree, open_below_as};
 

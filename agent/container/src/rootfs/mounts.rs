@@ -2,11 +2,11 @@
 
 use std::ffi::CString;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
-use oci_spec::runtime::Mount;
+use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 
 use super::options::{self, FileSystem, Kind, Options};
 use super::sources::Bind;
@@ -15,6 +15,7 @@ use crate::kernel_calls::{
     MountAttributes, attach_mount, fsconfig_create, fsconfig_set, fsmount, fsopen, mount_attr,
     set_mount_attributes,
 };
+use crate::user_namespace::IdMaps;
 
 /// Files of `/proc` that file systems like lxcfs replace; nothing else of it may be covered.
 const REPLACEABLE_IN_PROC: [&str; 9] = [
@@ -104,27 +105,114 @@ pub fn new_empty_directory() -> io::Result<OwnedFd> {
     )
 }
 
-/// The container's `/dev` where the specification mounts none: the root file
-/// system itself never has devices.
-pub fn mount_default_dev(tree: &Tree) -> Result<(), RootfsError> {
-    let destination = Path::new("/dev");
-    let parameter = |key: &str, value: &str| (key.to_owned(), Some(value.to_owned()));
-    let mount = new_file_system(
-        "tmpfs",
-        &[parameter("mode", "755"), parameter("size", "65536k")],
-        mount_attr::NOSUID | mount_attr::STRICTATIME,
-    );
-    let failed = |source| RootfsError::Mount {
+fn dev_failed(source: io::Error) -> RootfsError {
+    RootfsError::Mount {
         what: "tmpfs".into(),
-        destination: destination.into(),
+        destination: "/dev".into(),
         source,
+    }
+}
+
+/// A `/dev` where the specification mounts none: the root file system itself
+/// never has devices.
+fn default_dev(owner: &[(String, Option<String>)]) -> Result<OwnedFd, RootfsError> {
+    let parameter = |key: &str, value: &str| (key.to_owned(), Some(value.to_owned()));
+    let mut parameters = vec![parameter("mode", "755"), parameter("size", "65536k")];
+    parameters.extend_from_slice(owner);
+    let attributes = mount_attr::NOSUID | mount_attr::STRICTATIME;
+    new_file_system("tmpfs", &parameters, attributes).map_err(dev_failed)
+}
+
+/// Attaches a `/dev` that was made before, or a default one.
+pub fn mount_default_dev(tree: &Tree, made: Option<&OwnedFd>) -> Result<(), RootfsError> {
+    let new;
+    let mount = if let Some(made) = made {
+        made
+    } else {
+        new = default_dev(&[])?;
+        &new
     };
-    let target = find_target(tree, destination, true)?;
-    attach_mount(mount.map_err(failed)?.as_fd(), target.as_fd()).map_err(failed)
+    let target = find_target(tree, Path::new("/dev"), true)?;
+    attach_mount(mount.as_fd(), target.as_fd()).map_err(dev_failed)
+}
+
+/// The `/dev` of a container in a user namespace of its own, for [`Dev::Own`]
+/// and [`Dev::Missing`]: a tmpfs of the guest's privileges, without which no
+/// device in it could be opened, that belongs to the container's root.
+pub fn new_dev(mounts: &[Mount], maps: IdMaps<'_>) -> Result<OwnedFd, RootfsError> {
+    let mapped = |id: Option<u32>| {
+        id.map(|id| Some(id.to_string()))
+            .ok_or_else(|| dev_failed(io::Error::other("its owner is not mapped")))
+    };
+    let owner = [
+        ("uid".to_owned(), mapped(maps.guest_uid(0))?),
+        ("gid".to_owned(), mapped(maps.guest_gid(0))?),
+    ];
+    let Some(index) = mounts.iter().rposition(is_dev) else {
+        return default_dev(&owner);
+    };
+    let mount = &mounts[index];
+    // Validated before anything was made.
+    let options =
+        options::parse(index, mount).map_err(|error| dev_failed(io::Error::other(error)))?;
+    let mut parameters = owner.to_vec();
+    for (key, value) in parameters_of(FileSystem::Tmpfs, mount, &options) {
+        let id = value.as_deref().and_then(|value| value.parse().ok());
+        let value = match (key.as_str(), id) {
+            ("uid", Some(id)) => mapped(maps.guest_uid(id))?,
+            ("gid", Some(id)) => mapped(maps.guest_gid(id))?,
+            _ => value,
+        };
+        parameters.push((key, value));
+    }
+    new_file_system("tmpfs", &parameters, options.attributes.set).map_err(dev_failed)
+}
+
+/// Makes what of `mounts[]` belongs to a namespace of the caller's, attached
+/// nowhere, and hands it on with its index.
+pub fn made_outside<E: From<RootfsError>>(
+    spec: &Spec,
+    mut hand_on: impl FnMut(usize, &OwnedFd) -> Result<(), E>,
+) -> Result<(), E> {
+    let own_cgroup_namespace = own_cgroup_namespace(spec);
+    for (index, mount) in spec.mounts().iter().flatten().enumerate() {
+        let Ok(options) = options::parse(index, mount) else {
+            continue;
+        };
+        let file_system = match options.kind {
+            Kind::New(FileSystem::Cgroup) if !own_cgroup_namespace => continue,
+            Kind::New(
+                kind @ (FileSystem::Proc
+                | FileSystem::Sysfs
+                | FileSystem::Mqueue
+                | FileSystem::Cgroup),
+            ) => kind,
+            _ => continue,
+        };
+        let parameters = parameters_of(file_system, mount, &options);
+        let new = new_file_system(file_system.name(), &parameters, options.attributes.set);
+        let new = new.map_err(|source| RootfsError::Mount {
+            what: file_system.name().to_owned(),
+            destination: mount.destination().clone(),
+            source,
+        })?;
+        hand_on(index, &new)?;
+    }
+    Ok(())
+}
+
+/// Whether the container has a cgroup namespace of its own.
+pub fn own_cgroup_namespace(spec: &Spec) -> bool {
+    spec.linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_ref())
+        .into_iter()
+        .flatten()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::Cgroup)
 }
 
 /// Whether `mount` puts something at `/dev`, and what.
-fn is_dev(mount: &Mount) -> bool {
+pub fn is_dev(mount: &Mount) -> bool {
     // Component by component, so that "/dev/" and "//dev" count as well.
     mount.destination() == Path::new("/dev")
 }
@@ -142,8 +230,8 @@ pub enum Dev {
 
 impl Dev {
     pub fn of(mounts: &[Mount]) -> Self {
-        let last = mounts.iter().enumerate().rev().find(|(_, m)| is_dev(m));
-        match last.map(|(index, mount)| options::parse(index, mount)) {
+        let last = mounts.iter().rposition(is_dev);
+        match last.map(|index| options::parse(index, &mounts[index])) {
             None => Self::Missing,
             Some(Ok(Options {
                 kind: Kind::Bind { .. },
@@ -185,14 +273,27 @@ fn check_not_inside_proc(target: BorrowedFd<'_>, destination: &Path) -> Result<(
     Ok(())
 }
 
+/// What a mount needs that was made before.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Ready<'a> {
+    /// The copy of a bind mount's source.
+    pub bind: Option<&'a Bind>,
+    /// The file system itself, with its parameters.
+    pub made: Option<&'a OwnedFd>,
+    /// The user namespace whose maps the mount has.
+    pub idmap: Option<&'a OwnedFd>,
+    /// The container's cgroup, where that is all that is to be seen.
+    pub cgroup: Option<&'a OwnedFd>,
+}
+
 /// Makes one mount of the specification.
 pub fn mount(
     tree: &Tree,
     mount: &Mount,
     options: &Options,
-    bind: Option<&Bind>,
-    cgroup: Option<&OwnedFd>,
+    ready: Ready<'_>,
 ) -> Result<(), RootfsError> {
+    let bind = ready.bind;
     let destination = mount.destination();
     let what = match options.kind {
         Kind::Bind { .. } => mount.source().clone().unwrap_or_default(),
@@ -208,10 +309,16 @@ pub fn mount(
     check_not_inside_proc(target.as_fd(), destination)?;
 
     let new;
-    let mounted = match (options.kind, bind, cgroup) {
+    let mounted = match (options.kind, bind, ready.cgroup) {
         (Kind::Bind { .. }, Some(bind), _) => {
             change(bind.mount.as_fd(), options.attributes, false).map_err(failed)?;
             bind.mount.as_fd()
+        }
+        (Kind::New(_), ..) if ready.made.is_some() => {
+            let Some(made) = ready.made else {
+                return Err(failed(io::ErrorKind::NotFound.into()));
+            };
+            made.as_fd()
         }
         // Without a cgroup namespace of its own, the whole hierarchy would be
         // the file system's root: only the container's part of it is shown.
@@ -220,13 +327,18 @@ pub fn mount(
             cgroup.as_fd()
         }
         (Kind::New(file_system), ..) => {
-            let parameters = parameters(file_system, mount, options);
+            let parameters = parameters_of(file_system, mount, options);
             new = new_file_system(file_system.name(), &parameters, options.attributes.set)
                 .map_err(failed)?;
             new.as_fd()
         }
         (Kind::Bind { .. }, None, _) => return Err(failed(io::ErrorKind::NotFound.into())),
     };
+    if bind.is_none()
+        && let Some(idmap) = ready.idmap
+    {
+        map_ids(mounted, idmap.as_fd(), false).map_err(failed)?;
+    }
     change(mounted, options.recursive_attributes, true).map_err(failed)?;
     attach_mount(mounted, target.as_fd()).map_err(failed)?;
     for (propagation, recursive) in &options.propagation {
@@ -239,7 +351,7 @@ pub fn mount(
     Ok(())
 }
 
-fn parameters(
+fn parameters_of(
     file_system: FileSystem,
     mount: &Mount,
     options: &Options,
@@ -256,6 +368,26 @@ fn parameters(
         parameters.insert(0, ("source".to_owned(), Some(source.to_owned())));
     }
     parameters
+}
+
+/// Shows the ids of a mount that is attached nowhere as `namespace` maps them.
+pub fn map_ids(
+    mount: BorrowedFd<'_>,
+    namespace: BorrowedFd<'_>,
+    recursive: bool,
+) -> io::Result<()> {
+    let attributes = MountAttributes {
+        set: mount_attr::IDMAP,
+        userns_fd: u64::from(namespace.as_raw_fd().unsigned_abs()),
+        ..MountAttributes::default()
+    };
+    set_mount_attributes(mount, attributes, recursive).map_err(|error| {
+        if error.raw_os_error() == Some(libc::EINVAL) {
+            io::Error::other("its file system, or the server of its files, cannot map ids (idmap)")
+        } else {
+            error
+        }
+    })
 }
 
 fn change(mount: BorrowedFd<'_>, attributes: MountAttributes, recursive: bool) -> io::Result<()> {

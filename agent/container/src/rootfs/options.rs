@@ -1,10 +1,11 @@
 //! Options of `mounts[]` in the words of mount(8).
 
 use nix::mount::MsFlags;
-use oci_spec::runtime::Mount;
+use oci_spec::runtime::{Mount, Spec};
 
 use crate::Unsupported;
 use crate::kernel_calls::{MountAttributes, mount_attr};
+use crate::user_namespace::{self, IdMaps};
 
 /// What a mount is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +27,13 @@ pub enum FileSystem {
     Cgroup,
 }
 
+/// Whether ids are mapped in what is mounted below as well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Idmap {
+    Mount,
+    Recursive,
+}
+
 /// A mount's options, taken apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
@@ -38,6 +46,7 @@ pub struct Options {
     pub propagation: Vec<(MsFlags, bool)>,
     /// For the file system: `key` or `key=value`.
     pub parameters: Vec<(String, Option<String>)>,
+    pub idmap: Option<Idmap>,
 }
 
 enum Word {
@@ -122,6 +131,40 @@ pub fn rootfs_propagation(word: &str) -> Result<(MsFlags, bool), Unsupported> {
     })
 }
 
+fn has_mappings(mount: &Mount) -> bool {
+    [mount.uid_mappings(), mount.gid_mappings()]
+        .into_iter()
+        .any(|mappings| mappings.iter().flatten().next().is_some())
+}
+
+/// The maps of an id-mapped mount: its own, or the container's.
+pub fn id_maps<'a>(options: &Options, mount: &'a Mount, spec: &'a Spec) -> Option<IdMaps<'a>> {
+    options.idmap?;
+    if has_mappings(mount) {
+        let map = |mappings: &'a Option<Vec<_>>| mappings.as_deref().unwrap_or_default();
+        let (uids, gids) = (mount.uid_mappings(), mount.gid_mappings());
+        return Some(IdMaps::new(map(uids), map(gids)));
+    }
+    user_namespace::of_spec(spec)
+}
+
+/// Refuses an id-mapped mount without maps, or with maps that the kernel would not take.
+pub fn check_id_maps(
+    index: usize,
+    options: &Options,
+    mount: &Mount,
+    spec: &Spec,
+) -> Result<(), Unsupported> {
+    match (options.idmap, id_maps(options, mount, spec)) {
+        (None, _) => Ok(()),
+        (Some(_), Some(maps)) => maps.check(&format!("mounts[{index}]")),
+        (Some(_), None) => Err(Unsupported::new(
+            format!("mounts[{index}].options"),
+            "idmap needs uidMappings and gidMappings, or a user namespace of the container",
+        )),
+    }
+}
+
 /// Takes `mounts[index]` apart.
 pub fn parse(index: usize, mount: &Mount) -> Result<Options, Unsupported> {
     let refuse = |field: &str, reason: String| {
@@ -154,6 +197,8 @@ pub fn parse(index: usize, mount: &Mount) -> Result<Options, Unsupported> {
         recursive_attributes: MountAttributes::default(),
         propagation: Vec::new(),
         parameters: Vec::new(),
+        // Mappings mean it (config.md, "Mounts").
+        idmap: has_mappings(mount).then_some(Idmap::Mount),
     };
     for word in words {
         if let Some(found) = propagation(word) {
@@ -167,7 +212,15 @@ pub fn parse(index: usize, mount: &Mount) -> Result<Options, Unsupported> {
                 // What is there anyway.
                 "bind" | "rbind" | "defaults" | "async" | "nolazytime" | "nomand" | "loud"
                 | "noiversion" | "silent" => {}
-                "remount" | "idmap" | "ridmap" | "mand" | "tmpcopyup" => {
+                "idmap" => options.idmap = Some(Idmap::Mount),
+                "ridmap" => options.idmap = Some(Idmap::Recursive),
+                "mand" => {
+                    return refuse(
+                        "options",
+                        "mand: Linux has no mandatory locks any more".into(),
+                    );
+                }
+                "remount" | "tmpcopyup" => {
                     return refuse("options", format!("{word} is not supported yet"));
                 }
                 _ if matches!(kind, Kind::Bind { .. }) => {
@@ -263,10 +316,6 @@ mod tests {
             (json!({"destination": "/d", "source": "/s"}), "type"),
             (
                 json!({"destination": "/d", "type": "bind", "options": ["remount"]}),
-                "options",
-            ),
-            (
-                json!({"destination": "/d", "type": "bind", "options": ["rbind", "idmap"]}),
                 "options",
             ),
             (

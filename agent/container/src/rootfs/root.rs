@@ -8,11 +8,12 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::Mode;
 use nix::unistd::{chdir, chroot, fchdir, pivot_root};
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::Spec;
 
-use super::mounts::{self, Dev};
+use super::mounts::{self, Dev, Ready};
 use super::{RootfsError, Sources, Tree, devices, masks, options};
 use crate::kernel_calls::{MountAttributes, attach_mount, set_mount_attributes};
 
@@ -63,24 +64,32 @@ impl Root {
         let asked = spec.mounts().as_deref().unwrap_or_default();
         let dev = Dev::of(asked);
         if dev == Dev::Missing {
-            mounts::mount_default_dev(&self.tree)?;
+            mounts::mount_default_dev(&self.tree, self.sources.dev.as_ref())?;
         }
-        let linux = spec.linux().as_ref();
-        let own_cgroup_namespace = linux
-            .and_then(|linux| linux.namespaces().as_ref())
-            .into_iter()
-            .flatten()
-            .any(|namespace| namespace.typ() == LinuxNamespaceType::Cgroup);
-        let cgroup = (!own_cgroup_namespace).then_some(&self.sources.cgroup);
-        for (index, (mount, bind)) in asked.iter().zip(&self.sources.binds).enumerate() {
+        let sources = &self.sources;
+        let cgroup = (!mounts::own_cgroup_namespace(spec)).then_some(&sources.cgroup);
+        let own_dev = asked.iter().rposition(mounts::is_dev);
+        for (index, mount) in asked.iter().enumerate() {
             // Validated before anything was made.
             let Ok(options) = options::parse(index, mount) else {
                 continue;
             };
-            mounts::mount(&self.tree, mount, &options, bind.as_ref(), cgroup)?;
+            let dev = (own_dev == Some(index)).then_some(sources.dev.as_ref());
+            let ready = Ready {
+                bind: sources.binds[index].as_ref(),
+                made: sources.made.get(&index).or(dev.flatten()),
+                idmap: sources.idmaps[index].as_ref(),
+                cgroup,
+            };
+            mounts::mount(&self.tree, mount, &options, ready)?;
         }
-        if dev != Dev::Bound {
-            devices::make(&self.tree, spec)?;
+        if dev != Dev::Bound && sources.dev.is_none() {
+            let dev = self.tree.make_directory(Path::new("/dev"));
+            let dev = dev.map_err(|errno| RootfsError::Target {
+                destination: "/dev".into(),
+                source: errno.into(),
+            })?;
+            devices::make(&Tree::new(dev), spec)?;
         }
         Ok(())
     }
@@ -91,17 +100,15 @@ impl Root {
     }
 
     /// Masks and write-protects what the specification names, the root at last.
-    pub fn protect(&self, spec: &Spec) -> Result<(), RootfsError> {
-        // The guest's own, which no container can have replaced: this process's
-        // root is still the guest's.
-        let null = open("/dev/null", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
-            .map_err(enter_failed("open /dev/null of the guest"))?;
+    pub fn protect(&mut self, spec: &Spec) -> Result<(), RootfsError> {
+        let nulls = &mut self.sources.nulls;
         if let Some(linux) = spec.linux() {
             for path in linux.readonly_paths().iter().flatten() {
                 masks::make_readonly(&self.tree, Path::new(path))?;
             }
             for path in linux.masked_paths().iter().flatten() {
-                masks::mask(&self.tree, Path::new(path), null.as_fd())?;
+                let null = || nulls.pop().map_or_else(masks::open_null, Ok);
+                masks::mask(&self.tree, Path::new(path), null)?;
             }
         }
         if spec
@@ -121,8 +128,24 @@ impl Root {
     }
 }
 
-/// Makes the attached root file system the process's root and lets go of every other mount.
-pub fn enter(root: &OwnedFd, propagation: Option<(MsFlags, bool)>) -> Result<(), RootfsError> {
+/// Leaves the caller with a mount namespace of its own in which the guest's
+/// mounts cannot be reached: those that a user namespace inherits cannot be let
+/// go of one by one.
+pub fn leave_mounts_of_guest() -> Result<(), RootfsError> {
+    let failed = enter_failed("leave the guest's mounts");
+    unshare(CloneFlags::CLONE_NEWNS).map_err(&failed)?;
+    let slave = MsFlags::MS_REC | MsFlags::MS_SLAVE;
+    mount(None::<&str>, "/", None::<&str>, slave, None::<&str>).map_err(&failed)?;
+    detach_mounts_of_initramfs()
+}
+
+/// Makes the attached root file system the process's root and lets go of every
+/// other mount, unless the caller's parent has ([`leave_mounts_of_guest`]).
+pub fn enter(
+    root: &OwnedFd,
+    propagation: Option<(MsFlags, bool)>,
+    guest_left: bool,
+) -> Result<(), RootfsError> {
     let failed = enter_failed("enter the root file system");
     let old = open(
         "/",
@@ -142,7 +165,9 @@ pub fn enter(root: &OwnedFd, propagation: Option<(MsFlags, bool)>) -> Result<(),
         // mounts and covered. `..` and chroot do not lead below the cover;
         // unmounting the cover does, and takes CAP_SYS_ADMIN.
         Err(Errno::EINVAL) => {
-            detach_mounts_of_initramfs()?;
+            if !guest_left {
+                detach_mounts_of_initramfs()?;
+            }
             chroot(".").map_err(&failed)?;
         }
         Err(errno) => return Err(failed(errno)),

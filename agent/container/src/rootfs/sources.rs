@@ -8,15 +8,18 @@
 //! that share a volume see the same inodes, and the agent can sync what a
 //! container wrote.
 
+use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use nix::sys::stat::{SFlag, fstat};
 use oci_spec::runtime::Spec;
 
-use super::options::{self, Kind};
-use super::{RootfsError, tree::open_below};
+use super::mounts::{Dev, map_ids, new_dev};
+use super::options::{self, Idmap, Kind};
+use super::{RootfsError, Tree, devices, masks, tree::open_below};
 use crate::kernel_calls::clone_mount;
+use crate::user_namespace::{self, IdMaps};
 
 /// A detached copy of a bind mount's source.
 #[derive(Debug)]
@@ -31,8 +34,16 @@ pub struct Sources {
     pub root: OwnedFd,
     /// For each of `mounts[]`; `None` where it is not a bind mount.
     pub binds: Vec<Option<Bind>>,
+    /// For each of `mounts[]`, the user namespace whose maps it has.
+    pub idmaps: Vec<Option<OwnedFd>>,
     /// The container's cgroup, for a `/sys/fs/cgroup` without a cgroup namespace.
     pub cgroup: OwnedFd,
+    /// File systems of a container in a user namespace, by their place in `mounts[]`.
+    pub made: HashMap<usize, OwnedFd>,
+    /// The `/dev` of such a container, with its devices.
+    pub dev: Option<OwnedFd>,
+    /// The guest's `/dev/null` for each of such a container's masked files.
+    pub nulls: Vec<OwnedFd>,
 }
 
 impl Sources {
@@ -42,6 +53,7 @@ impl Sources {
         share_dir: &Path,
         pod_dir: &Path,
         cgroup: &OwnedFd,
+        procfs: &OwnedFd,
     ) -> Result<Self, RootfsError> {
         let root_path = spec.root().as_ref().map(|root| root.path().clone());
         let root_path = root_path.unwrap_or_default();
@@ -56,28 +68,72 @@ impl Sources {
             destination: "/sys/fs/cgroup".into(),
             source,
         })?;
-        let mut binds = Vec::new();
+        let (mut binds, mut idmaps) = (Vec::new(), Vec::new());
         for (index, mount) in spec.mounts().iter().flatten().enumerate() {
-            binds.push(
-                match options::parse(index, mount).map(|options| options.kind) {
-                    Ok(Kind::Bind { recursive }) => {
-                        let path = mount.source().clone().unwrap_or_default();
-                        let bind = open_bind(&[share_dir, pod_dir], &path, recursive);
-                        Some(bind.map_err(|source| RootfsError::Source {
-                            path,
-                            destination: mount.destination().clone(),
-                            source,
-                        })?)
+            let failed = |source| RootfsError::Source {
+                path: mount.source().clone().unwrap_or_default(),
+                destination: mount.destination().clone(),
+                source,
+            };
+            // Validated before anything was made.
+            let Ok(options) = options::parse(index, mount) else {
+                continue;
+            };
+            let idmap = options::id_maps(&options, mount, spec)
+                .map(|maps| maps.namespace(procfs))
+                .transpose()
+                .map_err(failed)?;
+            let bind = match options.kind {
+                Kind::Bind { recursive } => {
+                    let path = mount.source().clone().unwrap_or_default();
+                    let bind =
+                        open_bind(&[share_dir, pod_dir], &path, recursive).map_err(failed)?;
+                    if let Some(namespace) = &idmap {
+                        let recursive = options.idmap == Some(Idmap::Recursive);
+                        map_ids(bind.mount.as_fd(), namespace.as_fd(), recursive)
+                            .map_err(failed)?;
                     }
-                    _ => None,
-                },
-            );
+                    Some(bind)
+                }
+                Kind::New(_) => None,
+            };
+            binds.push(bind);
+            idmaps.push(idmap);
         }
-        Ok(Self {
+        let mut sources = Self {
             root,
             binds,
+            idmaps,
             cgroup,
-        })
+            made: HashMap::new(),
+            dev: None,
+            nulls: Vec::new(),
+        };
+        if let Some(maps) = user_namespace::of_spec(spec) {
+            sources.prepare_for(maps, spec)?;
+        }
+        Ok(sources)
+    }
+
+    /// Takes what a container in a user namespace could not make or reach itself.
+    fn prepare_for(&mut self, maps: IdMaps<'_>, spec: &Spec) -> Result<(), RootfsError> {
+        let mounts = spec.mounts().as_deref().unwrap_or_default();
+        if Dev::of(mounts) != Dev::Bound {
+            let dev = new_dev(mounts, maps)?;
+            let tree = dev.try_clone().map(Tree::new);
+            let tree = tree.map_err(|source| RootfsError::Enter {
+                step: "duplicate a descriptor",
+                source,
+            })?;
+            devices::make(&tree, spec)?;
+            self.dev = Some(dev);
+        }
+        let masked = spec.linux().as_ref();
+        let masked = masked.and_then(|linux| linux.masked_paths().as_ref());
+        for _ in masked.into_iter().flatten() {
+            self.nulls.push(masks::open_null()?);
+        }
+        Ok(())
     }
 }
 

@@ -108,6 +108,28 @@ fn run(line: &str) -> Result<String, std::io::Error> {
             }
             "done".into()
         }
+        ["number", call, arguments @ ..] => {
+            let argument = |at: usize| arguments.get(at).map_or(0, |text| text.parse().unwrap());
+            let (first, second): (i64, i64) = (argument(0), argument(1));
+            let answer = unsafe { syscall(call.parse().unwrap(), first, second, 0_i64) };
+            if answer < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            answer.to_string()
+        }
+        ["mempolicy"] => {
+            let mut mode = 0_i32;
+            let none = 0_i64;
+            if unsafe { syscall(239, &raw mut mode, none, none, none, none) } < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            mode.to_string()
+        }
+        ["clock", number] => {
+            let mut time = [0_i64; 2];
+            unsafe { syscall(228, number.parse::<i64>().unwrap(), time.as_mut_ptr()) };
+            format!("{}.{:09}", time[0], time[1])
+        }
         ["terminal"] => {
             let mut size = [0_u16; 4];
             unsafe { ioctl(0, 0x5413, size.as_mut_ptr()) };

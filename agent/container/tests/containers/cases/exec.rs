@@ -21,7 +21,7 @@ fn sleeper(host: &Host, spec: &Value) -> (Container, File) {
 }
 
 /// Reaps in the order of the ends: an init's waits until the others are reaped.
-fn end(container: &Container) {
+pub fn end(container: &Container) {
     container.delete().unwrap();
     let init = Pid::from_raw(container.init().pid());
     let killed = WaitStatus::Signaled(init, Signal::SIGKILL, false);
@@ -260,8 +260,8 @@ pub fn exec_refusals(host: &Host) {
     );
     fails(
         "ioPriority",
-        json!({"class": "IOPRIO_CLASS_RT"}),
-        "process.ioPriority",
+        json!({"class": "IOPRIO_CLASS_RT", "priority": 8}),
+        "process.ioPriority.priority",
     );
     fails("oomScoreAdj", json!(4000), "process.oomScoreAdj");
     let mut unknown = good.clone();

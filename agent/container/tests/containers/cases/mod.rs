@@ -1,16 +1,18 @@
 //! What a user of a container would notice.
 
+mod attributes;
 mod exec;
 mod files;
 mod lifecycle;
 mod process;
 mod resources;
+mod user_namespaces;
 
 use crate::fixture::Host;
 
 type Case = fn(&Host);
 
-pub const ALL: [(&str, Case); 42] = [
+pub const ALL: [(&str, Case); 52] = [
     ("run_exit_code_is_the_programs", process::run_exit_code),
     (
         "run_streams_connect_and_nothing_else_is_open",
@@ -154,5 +156,45 @@ pub const ALL: [(&str, Case); 42] = [
     (
         "update_replaces_device_rules_and_limits",
         resources::update_devices_and_limits,
+    ),
+    (
+        "run_user_namespace_has_its_files_and_devices",
+        user_namespaces::run_files,
+    ),
+    (
+        "run_user_namespace_has_its_users_and_execs",
+        user_namespaces::run_identity,
+    ),
+    (
+        "run_user_namespace_has_terminals",
+        user_namespaces::run_terminal,
+    ),
+    (
+        "create_user_namespace_that_cannot_be_is_refused",
+        user_namespaces::create_refusals,
+    ),
+    (
+        "run_idmapped_mounts_show_mapped_ids",
+        user_namespaces::run_idmapped_mounts,
+    ),
+    (
+        "run_scheduler_and_io_priority_have_their_effect",
+        attributes::run_scheduler,
+    ),
+    (
+        "exec_scheduling_and_affinity_have_their_effect",
+        attributes::exec_scheduling,
+    ),
+    (
+        "run_personality_and_memory_policy_are_inherited",
+        attributes::run_execution_domain,
+    ),
+    (
+        "run_time_offsets_move_the_clocks",
+        attributes::run_time_offsets,
+    ),
+    (
+        "run_rootfs_propagation_is_as_asked_for",
+        attributes::run_rootfs_propagation,
     ),
 ];
