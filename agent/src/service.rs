@@ -1,6 +1,6 @@
 //! The agent's side of `agent.proto`.
 
-use std::{sync::Arc, time::UNIX_EPOCH};
+use std::{path::Path, sync::Arc, time::UNIX_EPOCH};
 
 use agent_protocol::{
     PROTOCOL_VERSION,
@@ -115,8 +115,12 @@ impl Agent for Service {
         }
         let containers = Arc::clone(&self.containers);
         let guest_pid = to_its_end(async move {
-            let created =
-                containers.create(&request.container_id, &request.spec_json, &request.stdio);
+            let created = containers.create(
+                &request.container_id,
+                Path::new(&request.bundle),
+                &request.spec_json,
+                &request.stdio,
+            );
             created.await.map_err(|error| refused(&error))
         })
         .await?;

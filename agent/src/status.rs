@@ -79,6 +79,7 @@ fn launch_code(error: &LaunchError) -> Code {
 fn cgroup_code(error: &CgroupError) -> Code {
     match error {
         CgroupError::Exists { .. } => Code::ALREADY_EXISTS,
+        CgroupError::InUse { .. } => Code::FAILED_PRECONDITION,
         CgroupError::Create { .. }
         | CgroupError::Read { .. }
         | CgroupError::Write { .. }

@@ -31,6 +31,8 @@ const MAX_ERROR_CHARACTERS: usize = 8 * 1024;
 pub enum Request {
     /// Make a container. With the specification in a memfd and the cgroup's directory.
     Create {
+        id: String,
+        bundle: PathBuf,
         share_dir: PathBuf,
         pod_dir: PathBuf,
         terminal: bool,

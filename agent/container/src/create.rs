@@ -19,6 +19,8 @@ use crate::user_namespace;
 pub struct CreateOptions<'a> {
     /// The container's identity; names its cgroup unless the specification does.
     pub id: &'a str,
+    /// Where the container's bundle is on the host, for `startContainer` hooks.
+    pub bundle: &'a Path,
     /// The configuration, as [`crate::parse`] returns it.
     pub spec: &'a Spec,
     /// The init's standard streams. The creator's copies are closed when
@@ -142,6 +144,8 @@ fn launch_init(
     let specification = document(options.spec)?;
     let directory = cgroup.open()?;
     let request = Request::Create {
+        id: options.id.to_owned(),
+        bundle: options.bundle.to_owned(),
         share_dir: options.share_dir.to_owned(),
         pod_dir: options.pod_dir.to_owned(),
         terminal: options.stdio.is_terminal(),

@@ -22,6 +22,7 @@ use serde::de::DeserializeOwned;
 
 use crate::control::{Channel, ChannelError, ExecSpec, Report, Request};
 use crate::credentials::{self, CredentialsError};
+use crate::hooks::{HookError, StartHooks};
 use crate::init::{self, Init};
 use crate::joined::{self, Joined};
 use crate::kernel_calls::{Cloned, clone_sibling, close_descriptors_from};
@@ -60,6 +61,8 @@ enum HelperError {
     IdMaps(#[source] io::Error),
     #[error(transparent)]
     Outside(#[from] OutsideError),
+    #[error(transparent)]
+    Hook(#[from] HookError),
     #[error("cannot join the container's cgroup")]
     Cgroup(#[source] io::Error),
     #[error(transparent)]
@@ -113,14 +116,17 @@ fn run(channel: &Channel) -> Result<(), HelperError> {
         .ok_or(HelperError::CreatorGone)?;
     match request {
         Request::Create {
+            id,
+            bundle,
             share_dir,
             pod_dir,
             terminal,
         } => {
             let ([specification, cgroup], streams) = sort(descriptors, terminal)?;
-            let spec = read_document(specification)?;
+            let spec: Spec = read_document(specification)?;
+            let hooks = StartHooks::prepare(&spec, &id, &bundle)?;
             let [share_dir, pod_dir] = [share_dir.as_path(), pod_dir.as_path()];
-            create(channel, spec, &cgroup, streams, share_dir, pod_dir)
+            create(channel, spec, hooks, &cgroup, streams, share_dir, pod_dir)
         }
         Request::Exec { terminal } => {
             let ([spec, init, procs, procs_of_init], streams) = sort(descriptors, terminal)?;
@@ -174,6 +180,7 @@ fn prepare(process: &Process, linux: Option<&Linux>, streams: &Streams) -> Resul
 fn create(
     channel: &Channel,
     spec: Spec,
+    hooks: StartHooks,
     cgroup: &OwnedFd,
     streams: Streams,
     share_dir: &Path,
@@ -223,6 +230,7 @@ fn create(
             spec,
             sources,
             streams,
+            hooks,
         };
         init::main(channel, init);
     }

@@ -48,7 +48,9 @@ pub enum HookError {
         code: i32,
         output: String,
     },
-    #[error("startContainer hook {path} did not end within its timeout of {seconds} s; output: {output}")]
+    #[error(
+        "startContainer hook {path} did not end within its timeout of {seconds} s; output: {output}"
+    )]
     Timeout {
         path: PathBuf,
         seconds: u64,
@@ -109,7 +111,7 @@ fn memory_file() -> io::Result<File> {
 }
 
 impl StartHooks {
-    /// Those of `spec`, for the container that the caller is the init of.
+    /// Those of `spec`, for its init to run.
     pub fn prepare(spec: &Spec, id: &str, bundle: &Path) -> Result<Self, HookError> {
         let hooks = spec.hooks().as_ref();
         let hooks = hooks.and_then(|hooks| hooks.start_container().as_ref());
@@ -117,7 +119,8 @@ impl StartHooks {
             oci_version: spec.version(),
             id,
             status: "created",
-            pid: std::process::id(),
+            // In the PID namespace, which is always the container's own.
+            pid: 1,
             bundle,
             annotations: spec.annotations().clone().unwrap_or_default(),
         };
@@ -144,7 +147,9 @@ impl Ready {
         input.seek(SeekFrom::Start(0))?;
         let strings = |texts: &[String]| {
             let texts = texts.iter().map(|text| CString::new(text.as_str()));
-            texts.collect::<Result<Vec<_>, _>>().map_err(io::Error::from)
+            texts
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(io::Error::from)
         };
         let program = CString::new(hook.path().as_os_str().as_encoded_bytes())?;
         let mut arguments = strings(hook.args().as_deref().unwrap_or_default())?;

@@ -16,6 +16,7 @@ use nix::unistd::{sethostname, setsid};
 use oci_spec::runtime::{Process, Spec};
 
 use crate::control::{Channel, Report};
+use crate::hooks::StartHooks;
 use crate::kernel_calls::{bring_loopback_up, set_domain_name};
 use crate::namespaces;
 use crate::rootfs::{self, Root, Sources, new_procfs};
@@ -31,6 +32,8 @@ pub struct Init {
     pub sources: Sources,
     /// Become descriptors 0, 1 and 2; without them there is a terminal.
     pub streams: Option<[OwnedFd; 3]>,
+    /// Run at the start.
+    pub hooks: StartHooks,
 }
 
 /// Becomes the user's program, or reports why not and ends.
@@ -74,7 +77,7 @@ fn run(channel: &Channel, init: Init) -> Result<Infallible, SetupError> {
     let (prepared, warnings) = prepare(process, linux)?;
 
     channel.send(&Report::Ready { warnings }, &[])?;
-    setup::wait_for_start(channel, &prepared)
+    setup::wait_for_start(channel, &prepared, init.hooks)
 }
 
 /// Names the host, starts the network and sets `linux.sysctl`, in the caller's

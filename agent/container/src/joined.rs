@@ -16,6 +16,7 @@ use nix::unistd::setsid;
 use oci_spec::runtime::Process;
 
 use crate::control::{Channel, ExecSpec, Report};
+use crate::hooks::StartHooks;
 use crate::rootfs::Tree;
 use crate::scheduling;
 use crate::setup::{self, SetupError, become_streams, failed, prepare};
@@ -59,7 +60,7 @@ fn run(channel: &Channel, joined: Joined) -> Result<Infallible, SetupError> {
     drop(streams);
     let (prepared, warnings) = prepare(process, spec.linux.as_ref())?;
     channel.send(&Report::Ready { warnings }, &[])?;
-    setup::wait_for_start(channel, &prepared)
+    setup::wait_for_start(channel, &prepared, StartHooks::default())
 }
 
 /// A cgroup that has sub-cgroups with controllers takes no process (EBUSY); the

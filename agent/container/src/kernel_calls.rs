@@ -40,6 +40,9 @@ const FSMOUNT_CLOEXEC: u32 = 1;
 const FSCONFIG_SET_FLAG: u32 = 0;
 const FSCONFIG_SET_STRING: u32 = 1;
 const FSCONFIG_CMD_CREATE: u32 = 6;
+const FSCONFIG_CMD_RECONFIGURE: u32 = 7;
+const FSPICK_CLOEXEC: u32 = 1;
+const FSPICK_EMPTY_PATH: u32 = 8;
 // linux/fcntl.h
 const AT_RECURSIVE: u32 = 0x8000;
 const AT_EMPTY_PATH: u32 = libc::AT_EMPTY_PATH as u32;
@@ -150,14 +153,32 @@ pub fn fsconfig_set(context: BorrowedFd<'_>, key: &CStr, value: Option<&CStr>) -
     .map(drop)
 }
 
+/// Starts a change of the file system that is mounted at `mount`.
+pub fn fspick(mount: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = FSPICK_CLOEXEC | FSPICK_EMPTY_PATH;
+    // SAFETY: the path is NUL-terminated (and empty: the descriptor itself).
+    new_descriptor(unsafe {
+        libc::syscall(libc::SYS_fspick, mount.as_raw_fd(), c"".as_ptr(), flags)
+    })
+}
+
 /// Ends the configuration: the superblock exists afterwards.
 pub fn fsconfig_create(context: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: FSCONFIG_CMD_CREATE takes neither key nor value.
+    fsconfig_command(context, FSCONFIG_CMD_CREATE)
+}
+
+/// Ends the change that [`fspick`] started.
+pub fn fsconfig_reconfigure(context: BorrowedFd<'_>) -> io::Result<()> {
+    fsconfig_command(context, FSCONFIG_CMD_RECONFIGURE)
+}
+
+fn fsconfig_command(context: BorrowedFd<'_>, command: u32) -> io::Result<()> {
+    // SAFETY: the commands of the two callers take neither key nor value.
     check(unsafe {
         libc::syscall(
             libc::SYS_fsconfig,
             context.as_raw_fd(),
-            FSCONFIG_CMD_CREATE,
+            command,
             ptr::null::<libc::c_char>(),
             ptr::null::<libc::c_char>(),
             0,

@@ -26,6 +26,7 @@ mod credentials;
 mod exec;
 mod execution_domain;
 mod helper;
+mod hooks;
 mod init;
 mod joined;
 mod kernel_calls;

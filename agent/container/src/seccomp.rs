@@ -38,6 +38,9 @@ pub enum SeccompError {
     Install(#[source] io::Error),
 }
 
+/// `MAX_ERRNO` of linux/err.h; the kernel would take a larger one for it.
+const MAX_ERRNO: u32 = 4095;
+
 /// A program, ready to be installed.
 pub struct Filter {
     program: Vec<libc::sock_filter>,
@@ -94,18 +97,30 @@ fn action(action: LinuxSeccompAction, errno: Option<u32>) -> ScmpAction {
 
 /// Refuses what the filter cannot do here.
 pub fn check(profile: &LinuxSeccomp) -> Result<(), Unsupported> {
-    let listener = profile
-        .listener_path()
-        .as_ref()
-        .is_some_and(|path| !path.as_os_str().is_empty())
-        || profile
-            .listener_metadata()
-            .as_ref()
-            .is_some_and(|text| !text.is_empty());
-    if listener {
+    let listener = profile.listener_path().as_ref();
+    let metadata = profile.listener_metadata().as_ref();
+    for (field, set) in [
+        (
+            "listenerPath",
+            listener.is_some_and(|path| !path.as_os_str().is_empty()),
+        ),
+        (
+            "listenerMetadata",
+            metadata.is_some_and(|text| !text.is_empty()),
+        ),
+    ] {
+        if set {
+            return Err(Unsupported::new(
+                format!("linux.seccomp.{field}"),
+                "a listener on the host cannot be reached from the guest",
+            ));
+        }
+    }
+    let no_errno = |value: Option<u32>| value.filter(|value| *value > MAX_ERRNO);
+    if let Some(value) = no_errno(profile.default_errno_ret()) {
         return Err(Unsupported::new(
-            "linux.seccomp.listenerPath",
-            "a listener on the host cannot be reached from the guest",
+            "linux.seccomp.defaultErrnoRet",
+            format!("{value} is more than {MAX_ERRNO}"),
         ));
     }
     let notifies = |action| action == LinuxSeccompAction::ScmpActNotify;
@@ -124,6 +139,9 @@ pub fn check(profile: &LinuxSeccomp) -> Result<(), Unsupported> {
         };
         if notifies(rule.action()) {
             return refuse("action", "SCMP_ACT_NOTIFY needs a listener");
+        }
+        if no_errno(rule.errno_ret()).is_some() {
+            return refuse("errnoRet", "is more than 4095");
         }
         if rule.args().iter().flatten().any(|arg| arg.index() > 5) {
             return refuse("args", "a system call has six arguments");
@@ -149,7 +167,8 @@ impl Filter {
             .map_err(compile_failed("no_new_privs"))?;
         let mut arches = vec![ScmpArch::native()];
         for arch in profile.architectures().iter().flatten().copied().map(arch) {
-            if arch == ScmpArch::Native || arches.contains(&arch) {
+            // No program of another architecture can be executed here.
+            if audit_arch(arch).is_none() || arches.contains(&arch) {
                 continue;
             }
             context
@@ -511,12 +530,54 @@ mod tests {
     }
 
     #[test]
+    fn compile_each_action_and_flag_has_its_value() {
+        let actions = [
+            ("SCMP_ACT_KILL", 0),
+            ("SCMP_ACT_KILL_THREAD", 0),
+            ("SCMP_ACT_KILL_PROCESS", 0x8000_0000),
+            ("SCMP_ACT_TRAP", 0x0003_0000),
+            ("SCMP_ACT_ERRNO", 0x0005_0007),
+            ("SCMP_ACT_TRACE", 0x7ff0_0007),
+            ("SCMP_ACT_LOG", 0x7ffc_0000),
+        ];
+        let mount = u32::try_from(libc::SYS_mount).unwrap();
+        for (name, value) in actions {
+            let filter = compile(json!({
+                "defaultAction": "SCMP_ACT_ALLOW",
+                "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_S390X"],
+                "syscalls": [{"names": ["mount"], "action": name, "errnoRet": 7}],
+            }));
+            assert_eq!(answer(&filter, X86_64, mount, [0; 6]), value, "{name}");
+        }
+        let filter = compile(json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "flags": ["SECCOMP_FILTER_FLAG_LOG", "SECCOMP_FILTER_FLAG_SPEC_ALLOW",
+                      "SECCOMP_FILTER_FLAG_TSYNC", "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"],
+        }));
+        let wanted = libc::SECCOMP_FILTER_FLAG_LOG | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
+        assert_eq!(filter.flags, wanted);
+    }
+
+    #[test]
     fn check_what_needs_a_listener_is_refused_by_name() {
         for (profile, field) in [
             (json!({"defaultAction": "SCMP_ACT_NOTIFY"}), "defaultAction"),
             (
                 json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/l"}),
                 "listenerPath",
+            ),
+            (
+                json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerMetadata": "m"}),
+                "listenerMetadata",
+            ),
+            (
+                json!({"defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 4096}),
+                "defaultErrnoRet",
+            ),
+            (
+                json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+                    {"names": ["read"], "action": "SCMP_ACT_ERRNO", "errnoRet": 4096}]}),
+                "syscalls[0].errnoRet",
             ),
             (
                 json!({"defaultAction": "SCMP_ACT_ALLOW",

@@ -12,6 +12,7 @@ use oci_spec::runtime::{Linux, Process};
 use crate::control::{Channel, ChannelError, Command, Report};
 use crate::credentials::{self, CapabilitySets, CredentialsError};
 use crate::execution_domain::{enter_memory_policy, enter_personality};
+use crate::hooks::{HookError, StartHooks};
 use crate::kernel_calls::{close_on_exec_from, reset_signals};
 use crate::program::{self, Program, ProgramError};
 use crate::rootfs::RootfsError;
@@ -39,6 +40,8 @@ pub enum SetupError {
     Program(#[from] ProgramError),
     #[error(transparent)]
     Scheduling(#[from] SchedulingError),
+    #[error(transparent)]
+    Hook(#[from] HookError),
     #[error("the specification has no process")]
     NoProcess,
     #[error("cannot join the container's cgroup")]
@@ -88,10 +91,19 @@ pub fn control(terminal: Terminal) -> Result<[OwnedFd; 3], SetupError> {
     Ok([copy()?, copy()?, slave])
 }
 
-/// Executes the program once the creator says so.
-pub fn wait_for_start(channel: &Channel, prepared: &Prepared) -> Result<Infallible, SetupError> {
+/// Runs the hooks, then executes the program, once the creator says so.
+pub fn wait_for_start(
+    channel: &Channel,
+    prepared: &Prepared,
+    mut hooks: StartHooks,
+) -> Result<Infallible, SetupError> {
     match channel.receive::<Command>()? {
-        Some((Command::Start, _)) => start(prepared),
+        Some((Command::Start, _)) => {
+            reset_signals();
+            hooks.run(|| confine(prepared).is_ok())?;
+            drop(hooks);
+            start(prepared)
+        }
         // Never started: it is being deleted.
         None => std::process::exit(1),
     }
@@ -161,9 +173,14 @@ fn change_directory(path: &Path) -> Result<(), SetupError> {
 
 /// The last privileges go, the filter comes, the program begins.
 fn start(prepared: &Prepared) -> Result<Infallible, SetupError> {
-    reset_signals();
     // The socket included: its end tells the creator that the program runs.
     close_on_exec_from(3).map_err(failed("close descriptors at the start"))?;
+    confine(prepared)?;
+    Ok(prepared.program.execute()?)
+}
+
+/// Leaves the caller with what the program may do.
+fn confine(prepared: &Prepared) -> Result<(), SetupError> {
     if prepared.no_new_privileges {
         credentials::set_no_new_privileges()?;
         prepared.capabilities.apply()?;
@@ -178,5 +195,5 @@ fn start(prepared: &Prepared) -> Result<Infallible, SetupError> {
         }
         prepared.capabilities.apply()?;
     }
-    Ok(prepared.program.execute()?)
+    Ok(())
 }

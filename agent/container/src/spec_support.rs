@@ -8,7 +8,8 @@ use oci_spec::runtime::{Hooks, Linux, LinuxResources, Process, Spec};
 use serde::de::DeserializeOwned;
 
 use crate::{
-    cgroup, execution_domain, namespaces, rootfs, scheduling, seccomp, sysctl, user_namespace,
+    cgroup, execution_domain, hooks, namespaces, rootfs, scheduling, seccomp, sysctl,
+    user_namespace,
 };
 
 /// A field, or a value of it, that is refused.
@@ -40,8 +41,6 @@ pub enum ParseError {
     #[error(transparent)]
     Unsupported(#[from] Unsupported),
 }
-
-const NOT_YET: &str = "not supported yet";
 
 /// Reads an OCI runtime configuration.
 ///
@@ -191,6 +190,7 @@ pub fn validate(spec: &Spec) -> Result<(), Unsupported> {
     validate_process(process)?;
     if let Some(hooks) = spec.hooks() {
         validate_hooks(hooks)?;
+        hooks::check(hooks)?;
     }
     namespaces::check(spec)?;
     namespaces::check_time_offsets(spec)?;
@@ -262,12 +262,7 @@ fn validate_hooks(hooks: &Hooks) -> Result<(), Unsupported> {
         (
             "hooks.createContainer",
             any(hooks.create_container()),
-            NOT_YET,
-        ),
-        (
-            "hooks.startContainer",
-            any(hooks.start_container()),
-            NOT_YET,
+            "its program is the host's and its namespaces are the guest's: use createRuntime or startContainer",
         ),
         ("hooks.prestart", any(hooks.prestart()), HOST),
         ("hooks.createRuntime", any(hooks.create_runtime()), HOST),

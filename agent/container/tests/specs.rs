@@ -87,8 +87,13 @@ fn validate_each_unsupported_field_is_refused_by_its_name() {
         ),
         (
             "/hooks",
-            json!({"startContainer": hook}),
-            "hooks.startContainer",
+            json!({"startContainer": [{"path": "relative"}]}),
+            "hooks.startContainer[0].path",
+        ),
+        (
+            "/hooks",
+            json!({"startContainer": [{"path": "/x", "timeout": 0}]}),
+            "hooks.startContainer[0].timeout",
         ),
         ("/hooks", json!({"prestart": hook}), "hooks.prestart"),
         (
@@ -193,7 +198,8 @@ fn validate_each_unsupported_field_is_refused_by_its_name() {
             "mounts[0].gidMappings",
         ),
         ("/mounts/0/gidMappings", mapping, "mounts[0].uidMappings"),
-        ("/mounts/0/options", json!(["remount"]), "mounts[0].options"),
+        ("/mounts/0/options", json!(["mand"]), "mounts[0].options"),
+        ("/mounts/0/options", json!(["idmap"]), "mounts[0].options"),
         (
             "/mounts/0",
             json!({"destination": "/d", "options": ["rbind"]}),
@@ -226,8 +232,8 @@ fn validate_each_unsupported_field_is_refused_by_its_name() {
         ),
         (
             "/linux/resources/blockIO",
-            json!({"weight": 100}),
-            "linux.resources.blockIO",
+            json!({"weight": 1}),
+            "linux.resources.blockIO.weight",
         ),
         (
             "/linux/resources/devices",

@@ -23,6 +23,7 @@ pub fn create(
     reaper: &Arc<Reaper>,
     streams: &StreamTable,
     id: &str,
+    bundle: &Path,
     spec: &Spec,
     stdio: &Stdio,
 ) -> Result<Entry, ContainerError> {
@@ -35,6 +36,7 @@ pub fn create(
     let creation = reaper.creation();
     let container = agent_container::create(CreateOptions {
         id,
+        bundle,
         spec,
         stdio: for_process,
         share_dir: Path::new(SHARE_DIR),

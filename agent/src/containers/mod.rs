@@ -7,6 +7,7 @@ mod identity;
 
 use std::{
     collections::HashMap,
+    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -60,6 +61,7 @@ impl Containers {
     pub async fn create(
         self: &Arc<Self>,
         id: &str,
+        bundle: &Path,
         spec_json: &[u8],
         stdio: &Stdio,
     ) -> Result<i32, ContainerError> {
@@ -69,9 +71,10 @@ impl Containers {
         let reservation = self.reserve(id)?;
         let this = Arc::clone(self);
         let stdio = stdio.clone();
-        let id = id.to_owned();
-        let made =
-            blocking(move || creation::create(&this.reaper, &this.streams, &id, &spec, &stdio));
+        let (id, bundle) = (id.to_owned(), bundle.to_owned());
+        let made = blocking(move || {
+            creation::create(&this.reaper, &this.streams, &id, &bundle, &spec, &stdio)
+        });
         let entry = made.await?;
         let pid = entry.container.init().pid();
         reservation.fill(Arc::new(entry));

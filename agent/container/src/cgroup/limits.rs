@@ -2,7 +2,7 @@
 
 use oci_spec::runtime::{LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources};
 
-use super::device_rules;
+use super::{block_io, device_rules};
 use crate::Unsupported;
 
 /// One file to write.
@@ -17,7 +17,7 @@ pub struct Setting {
 }
 
 impl Setting {
-    fn new(file: &str, value: &(impl ToString + ?Sized)) -> Self {
+    pub fn new(file: &str, value: &(impl ToString + ?Sized)) -> Self {
         Self {
             file: file.to_owned(),
             value: value.to_string(),
@@ -79,6 +79,9 @@ fn settings_with(resources: &LinuxResources, kept_quota: &str) -> Vec<Setting> {
     if let Some(memory) = resources.memory() {
         settings.extend(memory_settings(memory));
     }
+    if let Some(io) = resources.block_io() {
+        settings.extend(block_io::settings(io));
+    }
     for limit in resources.hugepage_limits().iter().flatten() {
         settings.extend(hugepage_settings(limit));
     }
@@ -109,6 +112,10 @@ fn cpu_settings(cpu: &LinuxCpu, kept_quota: &str) -> Vec<Setting> {
     }
     if let Some(idle) = cpu.idle() {
         settings.push(Setting::new("cpu.idle", &idle));
+    }
+    // The kernel takes no weight while a cgroup is idle.
+    if cpu.idle() == Some(0) {
+        settings.reverse();
     }
     let quota = cpu.quota().filter(|quota| *quota != 0);
     let period = cpu.period().filter(|period| *period != 0);
@@ -204,28 +211,19 @@ pub fn check(resources: &LinuxResources) -> Result<(), Unsupported> {
     }
     let refused = [
         (
-            "linux.resources.blockIO",
-            resources.block_io().as_ref().is_some_and(|io| {
-                io.weight().is_some_and(|weight| weight != 0)
-                    || io.leaf_weight().is_some_and(|weight| weight != 0)
-                    || io.weight_device().iter().flatten().next().is_some()
-                    || [
-                        io.throttle_read_bps_device(),
-                        io.throttle_write_bps_device(),
-                        io.throttle_read_iops_device(),
-                        io.throttle_write_iops_device(),
-                    ]
-                    .into_iter()
-                    .any(|devices| devices.iter().flatten().next().is_some())
-            }),
-            "the container's files are not on a block device of the guest",
+            "linux.resources.network.classID",
+            resources
+                .network()
+                .as_ref()
+                .is_some_and(|network| network.class_id().is_some_and(|id| id != 0)),
+            "cgroup version 2 has no network controller",
         ),
         (
-            "linux.resources.network",
-            resources.network().as_ref().is_some_and(|network| {
-                network.class_id().is_some_and(|id| id != 0)
-                    || network.priorities().iter().flatten().next().is_some()
-            }),
+            "linux.resources.network.priorities",
+            resources
+                .network()
+                .as_ref()
+                .is_some_and(|network| network.priorities().iter().flatten().next().is_some()),
             "cgroup version 2 has no network controller",
         ),
         (
@@ -237,6 +235,9 @@ pub fn check(resources: &LinuxResources) -> Result<(), Unsupported> {
     if let Some((field, _, reason)) = refused.into_iter().find(|(_, asked, _)| *asked) {
         return Err(Unsupported::new(field, reason));
     }
+    if let Some(io) = resources.block_io() {
+        block_io::check(io)?;
+    }
     for limit in resources.hugepage_limits().iter().flatten() {
         check_page_size(limit.page_size())?;
     }
@@ -247,13 +248,21 @@ pub fn check(resources: &LinuxResources) -> Result<(), Unsupported> {
 }
 
 fn check_cpu(cpu: &LinuxCpu) -> Result<(), Unsupported> {
-    let realtime = cpu.realtime_runtime().is_some_and(|value| value != 0)
-        || cpu.realtime_period().is_some_and(|value| value != 0);
-    if realtime {
-        return Err(Unsupported::new(
-            "linux.resources.cpu.realtimeRuntime",
-            "cgroup version 2 has no real-time limits",
-        ));
+    const REALTIME: &str = "cgroup version 2 has no real-time limits";
+    let refuse = |field: &str, reason: &str| {
+        Err(Unsupported::new(
+            format!("linux.resources.cpu.{field}"),
+            reason,
+        ))
+    };
+    if cpu.realtime_runtime().is_some_and(|value| value != 0) {
+        return refuse("realtimeRuntime", REALTIME);
+    }
+    if cpu.realtime_period().is_some_and(|value| value != 0) {
+        return refuse("realtimePeriod", REALTIME);
+    }
+    if cpu.idle() == Some(1) && cpu.shares().is_some_and(|shares| shares != 0) {
+        return refuse("idle", "an idle cgroup has no shares");
     }
     Ok(())
 }
@@ -281,11 +290,6 @@ fn check_memory(memory: &LinuxMemory) -> Result<(), Unsupported> {
             "useHierarchy",
             memory.use_hierarchy() == Some(false),
             "cgroup version 2 is always hierarchical",
-        ),
-        (
-            "checkBeforeUpdate",
-            memory.check_before_update() == Some(true),
-            "not supported yet",
         ),
     ];
     if let Some((field, _, reason)) = refused.into_iter().find(|(_, asked, _)| *asked) {
@@ -393,6 +397,11 @@ mod tests {
             written(json!({"cpu": {"shares": 0, "quota": 0, "period": 0}})),
             []
         );
+        // Each in the order that the kernel takes.
+        assert_eq!(
+            written(json!({"cpu": {"idle": 0, "shares": 1024}})),
+            pairs(&[("cpu.idle", "0"), ("cpu.weight", "100")])
+        );
     }
 
     #[test]
@@ -471,22 +480,19 @@ mod tests {
                 json!({"memory": {"useHierarchy": false}}),
                 "memory.useHierarchy",
             ),
-            (
-                json!({"memory": {"checkBeforeUpdate": true}}),
-                "memory.checkBeforeUpdate",
-            ),
             (json!({"memory": {"limit": 2, "swap": 1}}), "memory.swap"),
             (json!({"memory": {"swap": 1}}), "memory.swap"),
             (
                 json!({"cpu": {"realtimeRuntime": 1}}),
                 "cpu.realtimeRuntime",
             ),
-            (json!({"blockIO": {"weight": 10}}), "blockIO"),
+            (json!({"cpu": {"realtimePeriod": 1}}), "cpu.realtimePeriod"),
+            (json!({"cpu": {"idle": 1, "shares": 2}}), "cpu.idle"),
+            (json!({"network": {"classID": 1}}), "network.classID"),
             (
-                json!({"blockIO": {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]}}),
-                "blockIO",
+                json!({"network": {"priorities": [{"name": "eth0", "priority": 1}]}}),
+                "network.priorities",
             ),
-            (json!({"network": {"classID": 1}}), "network"),
             (json!({"rdma": {"mlx": {"hcaHandles": 1}}}), "rdma"),
             (
                 json!({"hugepageLimits": [{"pageSize": "../x", "limit": 1}]}),

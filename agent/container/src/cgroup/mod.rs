@@ -1,5 +1,6 @@
 //! The container's cgroup (version 2): made, limited, watched, killed, removed.
 
+mod block_io;
 mod device_program;
 mod device_rules;
 mod figures;
@@ -69,6 +70,16 @@ pub enum CgroupError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// `linux.resources.memory.checkBeforeUpdate`: a lower limit would kill.
+    #[error(
+        "linux.resources.memory.limit: {limit} is less than the {used} bytes in use, which checkBeforeUpdate forbids"
+    )]
+    InUse {
+        /// As asked for.
+        limit: u64,
+        /// Bytes.
+        used: u64,
     },
     /// It cannot be handed to the root of the container's user namespace.
     #[error("cannot hand {path} to the container's root")]

@@ -18,6 +18,7 @@ impl Cgroup {
     pub fn update(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
         // One at a time, or one would set back what the other wrote.
         let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        self.check_use(resources)?;
         let settings = limits::update_settings(resources, &|file| self.value(file));
         for setting in &settings {
             self.check_exists(setting)?;
@@ -45,6 +46,20 @@ impl Cgroup {
             *devices = Some(program);
         }
         Ok(())
+    }
+
+    /// Keeps a limit from going below what is in use, where that is asked for.
+    fn check_use(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
+        let memory = resources.memory().as_ref();
+        let memory = memory.filter(|memory| memory.check_before_update() == Some(true));
+        let limit = memory.and_then(oci_spec::runtime::LinuxMemory::limit);
+        let limit = limit.and_then(|limit| u64::try_from(limit).ok());
+        let used = self.value("memory.current");
+        let used = used.and_then(|text| text.parse().ok());
+        match (limit.filter(|limit| *limit > 0), used) {
+            (Some(limit), Some(used)) if limit < used => Err(CgroupError::InUse { limit, used }),
+            _ => Ok(()),
+        }
     }
 
     /// What a file holds; `None` when it is not there or is not for reading.
@@ -117,6 +132,18 @@ mod tests {
         assert_eq!(cgroup.value("cpu.max").unwrap(), "5000 30000");
         update(&cgroup, json!({"pids": {"limit": -1}})).unwrap();
         assert_eq!(cgroup.value("pids.max").unwrap(), "max");
+    }
+
+    #[test]
+    fn update_limit_below_what_is_in_use_is_refused_when_asked() {
+        let (_directory, cgroup) = cgroup(&[("memory.max", "4096"), ("memory.current", "1000")]);
+        let checked = |limit: i64| json!({"memory": {"limit": limit, "checkBeforeUpdate": true}});
+        let error = update(&cgroup, checked(999)).unwrap_err();
+        assert!(matches!(error, CgroupError::InUse { .. }), "{error}");
+        assert_eq!(cgroup.value("memory.max").unwrap(), "4096");
+        update(&cgroup, checked(1000)).unwrap();
+        update(&cgroup, json!({"memory": {"limit": 999}})).unwrap();
+        assert_eq!(cgroup.value("memory.max").unwrap(), "999");
     }
 
     #[test]

@@ -9,27 +9,31 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::dir::Dir;
 use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
-use nix::sys::stat::{
-    FileStat, Mode, SFlag, fchmod, fstat, fstatat, futimens, mkdirat, mknodat,
-};
+use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat, futimens, mkdirat, mknodat};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, fchown, fchownat, symlinkat};
 
 /// Deeper trees are refused: each level is a call and two descriptors.
 const MAX_DEPTH: usize = 64;
 
+const DIRECTORY: OFlag = OFlag::O_RDONLY
+    .union(OFlag::O_DIRECTORY)
+    .union(OFlag::O_NOFOLLOW)
+    .union(OFlag::O_CLOEXEC);
+
 /// Copies what is in the directory `from` to `to`, and gives `to` its owner,
 /// mode and times. Sockets and devices stay behind: they lead nowhere from a copy.
 pub fn copy_up(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
-    copy_directory(from, to, MAX_DEPTH)
+    // Both may be references, which can be opened and no more.
+    let open = |place| open(place, c".", DIRECTORY);
+    copy_directory(open(from)?.as_fd(), open(to)?.as_fd(), MAX_DEPTH)
 }
 
 fn copy_directory(from: BorrowedFd<'_>, to: BorrowedFd<'_>, depth: usize) -> io::Result<()> {
     let depth = depth.checked_sub(1).ok_or_else(|| {
         io::Error::other(format!("tmpcopyup: more than {MAX_DEPTH} directories deep"))
     })?;
-    let directory = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let mut entries = Dir::openat(from, ".", directory, Mode::empty())?;
+    let mut entries = Dir::openat(from, ".", DIRECTORY, Mode::empty())?;
     for entry in entries.iter() {
         let entry = entry?;
         let name = entry.file_name();
@@ -40,7 +44,7 @@ fn copy_directory(from: BorrowedFd<'_>, to: BorrowedFd<'_>, depth: usize) -> io:
         match SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT {
             SFlag::S_IFDIR => {
                 mkdirat(to, name, Mode::S_IRWXU)?;
-                let (inner, copy) = (open(from, name, directory)?, open(to, name, directory)?);
+                let (inner, copy) = (open(from, name, DIRECTORY)?, open(to, name, DIRECTORY)?);
                 copy_directory(inner.as_fd(), copy.as_fd(), depth)?;
             }
             SFlag::S_IFREG => copy_file(from, to, name, &status)?,

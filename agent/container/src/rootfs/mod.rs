@@ -4,6 +4,7 @@
 //! `move_mount`, `mount_setattr`): a mount has all its attributes before it can be
 //! reached, and no path is looked up twice.
 
+mod copy_up;
 mod devices;
 mod masks;
 mod mounts;
@@ -49,6 +50,12 @@ pub enum RootfsError {
     #[error("cannot mount {what} at {destination}")]
     Mount {
         what: String,
+        destination: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot remount {destination}")]
+    Remount {
         destination: PathBuf,
         #[source]
         source: io::Error,

@@ -5,15 +5,17 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
+use nix::sys::stat::fstat;
+use nix::sys::statfs::{DEVPTS_SUPER_MAGIC, PROC_SUPER_MAGIC, TMPFS_MAGIC, fstatfs};
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 
+use super::copy_up::copy_up;
 use super::options::{self, FileSystem, Kind, Options};
 use super::sources::Bind;
 use super::{RootfsError, Tree};
 use crate::kernel_calls::{
-    MountAttributes, attach_mount, fsconfig_create, fsconfig_set, fsmount, fsopen, mount_attr,
-    set_mount_attributes,
+    MountAttributes, attach_mount, fsconfig_create, fsconfig_reconfigure, fsconfig_set, fsmount,
+    fsopen, fspick, mount_attr, set_mount_attributes,
 };
 use crate::user_namespace::IdMaps;
 
@@ -50,15 +52,17 @@ fn new_file_system(
     attributes: u64,
 ) -> io::Result<OwnedFd> {
     let context = fsopen(&c_string(name)?)?;
-    let configured = (|| {
-        for (key, value) in parameters {
-            let value = value.as_deref().map(c_string).transpose()?;
-            fsconfig_set(context.as_fd(), &c_string(key)?, value.as_deref())?;
-        }
-        fsconfig_create(context.as_fd())
-    })();
-    configured.map_err(|error| with_kernel_message(error, &context))?;
+    configure(&context, parameters)
+        .and_then(|()| fsconfig_create(context.as_fd()))
+        .map_err(|error| with_kernel_message(error, &context))?;
     fsmount(context.as_fd(), attributes)
+}
+
+fn configure(context: &OwnedFd, parameters: &[(String, Option<String>)]) -> io::Result<()> {
+    parameters.iter().try_for_each(|(key, value)| {
+        let value = value.as_deref().map(c_string).transpose()?;
+        fsconfig_set(context.as_fd(), &c_string(key)?, value.as_deref())
+    })
 }
 
 fn c_string(text: &str) -> io::Result<CString> {
@@ -293,11 +297,15 @@ pub fn mount(
     options: &Options,
     ready: Ready<'_>,
 ) -> Result<(), RootfsError> {
+    if options.kind == Kind::Remount {
+        return remount(tree, mount, options);
+    }
     let bind = ready.bind;
     let destination = mount.destination();
     let what = match options.kind {
         Kind::Bind { .. } => mount.source().clone().unwrap_or_default(),
         Kind::New(file_system) => PathBuf::from(file_system.name()),
+        Kind::Remount => PathBuf::new(),
     };
     let failed = |source| RootfsError::Mount {
         what: what.display().to_string(),
@@ -305,6 +313,7 @@ pub fn mount(
         source,
     };
     let is_directory = bind.is_none_or(|bind| bind.is_directory);
+    let before = mode_of(tree, destination);
     let target = find_target(tree, destination, is_directory)?;
     check_not_inside_proc(target.as_fd(), destination)?;
 
@@ -327,28 +336,91 @@ pub fn mount(
             cgroup.as_fd()
         }
         (Kind::New(file_system), ..) => {
-            let parameters = parameters_of(file_system, mount, options);
-            new = new_file_system(file_system.name(), &parameters, options.attributes.set)
-                .map_err(failed)?;
+            let mut parameters = parameters_of(file_system, mount, options);
+            // As in other OCI runtimes: a tmpfs over a directory has its mode.
+            if let Some(mode) = before
+                && file_system == FileSystem::Tmpfs
+                && parameters.iter().all(|(key, _)| key != "mode")
+            {
+                parameters.push(("mode".to_owned(), Some(format!("{mode:o}"))));
+            }
+            // A copy is written before it can be read-only.
+            let attributes = if options.copy_up {
+                0
+            } else {
+                options.attributes.set
+            };
+            new = new_file_system(file_system.name(), &parameters, attributes).map_err(failed)?;
             new.as_fd()
         }
-        (Kind::Bind { .. }, None, _) => return Err(failed(io::ErrorKind::NotFound.into())),
+        (Kind::Bind { .. }, None, _) | (Kind::Remount, ..) => {
+            return Err(failed(io::ErrorKind::NotFound.into()));
+        }
     };
     if bind.is_none()
         && let Some(idmap) = ready.idmap
     {
         map_ids(mounted, idmap.as_fd(), false).map_err(failed)?;
     }
+    if options.copy_up {
+        copy_up(target.as_fd(), mounted).map_err(failed)?;
+        change(mounted, options.attributes, false).map_err(failed)?;
+    }
     change(mounted, options.recursive_attributes, true).map_err(failed)?;
     attach_mount(mounted, target.as_fd()).map_err(failed)?;
+    propagate(mounted, options).map_err(failed)
+}
+
+fn propagate(mount: BorrowedFd<'_>, options: &Options) -> io::Result<()> {
     for (propagation, recursive) in &options.propagation {
         let attributes = MountAttributes {
             propagation: propagation.bits(),
             ..MountAttributes::default()
         };
-        change(mounted, attributes, *recursive).map_err(failed)?;
+        change(mount, attributes, *recursive)?;
     }
     Ok(())
+}
+
+/// Of what is a directory before a mount point is made.
+fn mode_of(tree: &Tree, destination: &Path) -> Option<u32> {
+    let status = fstat(tree.find(destination).ok()?).ok()?;
+    (status.st_mode & libc::S_IFMT == libc::S_IFDIR).then_some(status.st_mode & 0o7777)
+}
+
+/// Changes what an earlier mount has put at the destination: of its attributes
+/// those that are named, and the parameters of a file system of the container's own.
+fn remount(tree: &Tree, mount: &Mount, options: &Options) -> Result<(), RootfsError> {
+    let destination = mount.destination();
+    let failed = |source: io::Error| RootfsError::Remount {
+        destination: destination.clone(),
+        source: match source.raw_os_error() {
+            Some(libc::EINVAL) => io::Error::other(format!("{source}: is it a mount point?")),
+            _ => source,
+        },
+    };
+    let target = tree.find(destination);
+    let target = target.map_err(|errno| failed(errno.into()))?;
+    // Fails where nothing is mounted.
+    set_mount_attributes(target.as_fd(), options.attributes, false).map_err(failed)?;
+    change(target.as_fd(), options.recursive_attributes, true).map_err(failed)?;
+    propagate(target.as_fd(), options).map_err(failed)?;
+    if options.parameters.is_empty() {
+        return Ok(());
+    }
+    // The others are the pod's or the guest's as well.
+    let own = [TMPFS_MAGIC, PROC_SUPER_MAGIC, DEVPTS_SUPER_MAGIC];
+    if !fstatfs(&target).is_ok_and(|fs| own.contains(&fs.filesystem_type())) {
+        let reason = "its parameters are not the container's alone";
+        return Err(failed(io::Error::other(reason)));
+    }
+    let reconfigure = || {
+        let context = fspick(target.as_fd())?;
+        configure(&context, &options.parameters)
+            .and_then(|()| fsconfig_reconfigure(context.as_fd()))
+            .map_err(|error| with_kernel_message(error, &context))
+    };
+    reconfigure().map_err(failed)
 }
 
 fn parameters_of(

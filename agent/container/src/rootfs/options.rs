@@ -14,6 +14,8 @@ pub enum Kind {
     Bind { recursive: bool },
     /// A new file system of the kernel's.
     New(FileSystem),
+    /// Nothing new: what is mounted there is changed.
+    Remount,
 }
 
 /// File systems that a container may have of its own.
@@ -47,6 +49,8 @@ pub struct Options {
     /// For the file system: `key` or `key=value`.
     pub parameters: Vec<(String, Option<String>)>,
     pub idmap: Option<Idmap>,
+    /// Of a tmpfs: what it covers is copied into it.
+    pub copy_up: bool,
 }
 
 enum Word {
@@ -176,7 +180,9 @@ pub fn parse(index: usize, mount: &Mount) -> Result<Options, Unsupported> {
         .rev()
         .find(|word| matches!(word.as_str(), "bind" | "rbind"));
     let fstype = mount.typ().as_deref().unwrap_or_default();
+    let remount = words.iter().any(|word| word == "remount");
     let kind = match (bind, fstype) {
+        _ if remount => Kind::Remount,
         (Some(word), _) => Kind::Bind {
             recursive: word == "rbind",
         },
@@ -199,6 +205,7 @@ pub fn parse(index: usize, mount: &Mount) -> Result<Options, Unsupported> {
         parameters: Vec::new(),
         // Mappings mean it (config.md, "Mounts").
         idmap: has_mappings(mount).then_some(Idmap::Mount),
+        copy_up: false,
     };
     for word in words {
         if let Some(found) = propagation(word) {
@@ -211,7 +218,7 @@ pub fn parse(index: usize, mount: &Mount) -> Result<Options, Unsupported> {
             match word.as_str() {
                 // What is there anyway.
                 "bind" | "rbind" | "defaults" | "async" | "nolazytime" | "nomand" | "loud"
-                | "noiversion" | "silent" => {}
+                | "noiversion" | "silent" | "remount" => {}
                 "idmap" => options.idmap = Some(Idmap::Mount),
                 "ridmap" => options.idmap = Some(Idmap::Recursive),
                 "mand" => {
@@ -220,9 +227,8 @@ pub fn parse(index: usize, mount: &Mount) -> Result<Options, Unsupported> {
                         "mand: Linux has no mandatory locks any more".into(),
                     );
                 }
-                "remount" | "tmpcopyup" => {
-                    return refuse("options", format!("{word} is not supported yet"));
-                }
+                "tmpcopyup" if kind == Kind::New(FileSystem::Tmpfs) => options.copy_up = true,
+                "tmpcopyup" => return refuse("options", "tmpcopyup needs a tmpfs".into()),
                 _ if matches!(kind, Kind::Bind { .. }) => {
                     return refuse(
                         "options",
@@ -236,8 +242,14 @@ pub fn parse(index: usize, mount: &Mount) -> Result<Options, Unsupported> {
             }
         }
     }
+    if kind == Kind::Remount && options.idmap.is_some() {
+        return refuse(
+            "options",
+            "idmap: a mount that is in use cannot be mapped".into(),
+        );
+    }
     let cleared = options.attributes.clear | options.recursive_attributes.clear;
-    if matches!(kind, Kind::Bind { .. }) && cleared & mount_attr::NODEV != 0 {
+    if matches!(kind, Kind::Bind { .. } | Kind::Remount) && cleared & mount_attr::NODEV != 0 {
         // A device node on the share would be the guest's device of that number.
         return refuse(
             "options",
@@ -315,7 +327,7 @@ mod tests {
             ),
             (json!({"destination": "/d", "source": "/s"}), "type"),
             (
-                json!({"destination": "/d", "type": "bind", "options": ["remount"]}),
+                json!({"destination": "/d", "type": "tmpfs", "options": ["mand"]}),
                 "options",
             ),
             (
@@ -331,7 +343,7 @@ mod tests {
                 "options",
             ),
             (
-                json!({"destination": "/d", "type": "tmpfs", "options": ["tmpcopyup"]}),
+                json!({"destination": "/d", "type": "proc", "options": ["tmpcopyup"]}),
                 "options",
             ),
         ] {

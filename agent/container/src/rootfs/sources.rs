@@ -95,7 +95,7 @@ impl Sources {
                     }
                     Some(bind)
                 }
-                Kind::New(_) => None,
+                Kind::New(_) | Kind::Remount => None,
             };
             binds.push(bind);
             idmaps.push(idmap);

@@ -170,6 +170,7 @@ impl Host {
         let spec = parse(spec.to_string().as_bytes()).unwrap();
         create(CreateOptions {
             id,
+            bundle: Path::new("/the/bundle"),
             spec: &spec,
             stdio,
             share_dir: &self.share(),

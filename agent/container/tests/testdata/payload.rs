@@ -59,6 +59,18 @@ fn run(line: &str) -> Result<String, std::io::Error> {
             fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
             "changed".into()
         }
+        ["copy", from, to] => {
+            fs::write(to, fs::read(from)?)?;
+            "copied".into()
+        }
+        ["copy-input", path] => {
+            fs::write(path, run("echo-input")?)?;
+            "copied".into()
+        }
+        ["copy-env", path] => {
+            fs::write(path, run("env")?)?;
+            "copied".into()
+        }
         ["mkdir", path] => {
             fs::create_dir(path)?;
             "made".into()

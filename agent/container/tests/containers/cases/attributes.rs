@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::exec::end;
-use crate::fixture::{Host, Outcome, read_until};
+use crate::fixture::{Host, Outcome, read_until, wait};
 
 /// The 41st field of /proc/PID/stat after the name is the policy (proc(5)).
 fn policy(stat: &str) -> &str {
@@ -198,4 +198,62 @@ pub fn run_rootfs_propagation(host: &Host) {
             );
         }
     }
+}
+
+pub fn start_hooks(host: &Host) {
+    let mut spec = host.spec("a", &["cat /state", "cat /env", "pid"]);
+    let hook = |line: &str| json!({"path": "/payload", "args": ["hook", line], "env": ["A=b"]});
+    spec["annotations"] = json!({"key": "value"});
+    spec["hooks"] = json!({"startContainer": [hook("copy-input /state"), hook("copy-env /env")]});
+    let outcome = host.run("a", &spec);
+    let state: Value = serde_json::from_str(outcome.of("cat /state")).unwrap();
+    let wanted = json!({"ociVersion": spec["ociVersion"], "id": "a", "status": "created", "pid": 1,
+                        "bundle": "/the/bundle", "annotations": {"key": "value"}});
+    assert_eq!(state, wanted);
+    assert_eq!(outcome.of("cat /env"), "A=b");
+    assert_eq!(outcome.of("pid"), "1");
+
+    // Under the same filter and without the same privileges as the program.
+    let mut confined = host.spec("a", &["cat /status"]);
+    confined["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+    confined["process"]["capabilities"] = json!({});
+    confined["linux"]["seccomp"] = super::process::profile();
+    confined["hooks"] = json!({"startContainer": [hook("copy /proc/self/status /run/status")]});
+    let mounts = confined["mounts"].as_array_mut().unwrap();
+    let run = mounts
+        .iter_mut()
+        .find(|mount| mount["destination"] == "/run");
+    run.unwrap()["options"] = json!(["mode=1777"]);
+    confined["process"]["args"][1] = json!("cat /run/status");
+    let outcome = host.run("a", &confined);
+    let status = outcome.of("cat /run/status");
+    for line in [
+        "Uid:\t1000\t1000",
+        "CapEff:\t0000000000000000",
+        "Seccomp:\t2",
+        "NoNewPrivs:\t1",
+    ] {
+        assert!(status.contains(line), "{line}: {status}");
+    }
+
+    let failure = |hook: Value| {
+        let mut spec = host.spec("a", &["exit 0"]);
+        spec["hooks"] = json!({"startContainer": [hook]});
+        let (container, _reader) = host.create("a", &spec).unwrap();
+        let error = container.init().start().unwrap_err().to_string();
+        container.delete().unwrap();
+        wait(container.init().pid());
+        error
+    };
+    let error = failure(json!({"path": "/payload", "args": ["hook", "pid", "exit 9"]}));
+    assert!(error.contains("hook /payload ended with 9 "), "{error}");
+    assert!(error.contains("output: == pid\n2"), "{error}");
+    let error = failure(json!({"path": "/no/such"}));
+    assert!(error.contains("hook /no/such ended with 126 "), "{error}");
+    assert!(error.contains("ENOENT"), "{error}");
+    let error = failure(json!({"path": "/payload", "args": ["hook", "sleep"], "timeout": 1}));
+    assert!(
+        error.contains("did not end within its timeout of 1 s"),
+        "{error}"
+    );
 }

@@ -259,3 +259,66 @@ pub fn run_escape(host: &Host) {
         expected
     );
 }
+
+pub fn run_copy_up(host: &Host) {
+    let lines = [
+        "cat /data/deep/f",
+        "stat /data/deep/f",
+        "stat /data",
+        "write /data/new x",
+        "write /kept/new x",
+        "stat /plain",
+    ];
+    let mut spec = host.spec("a", &lines);
+    let rootfs = host.share().join("containers/a/rootfs");
+    write_file(&rootfs.join("data/deep/f"), "copied");
+    for (name, mode) in [("data", 0o750), ("plain", 0o711)] {
+        fs::create_dir_all(rootfs.join(name)).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);
+        fs::set_permissions(rootfs.join(name), mode).unwrap();
+    }
+    std::os::unix::fs::chown(rootfs.join("data/deep/f"), Some(5), Some(6)).unwrap();
+    write_file(&rootfs.join("kept/f"), "x");
+    let tmpfs = |destination: &str, options: &[&str]| json!({"destination": destination, "type": "tmpfs", "source": "tmpfs", "options": options});
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    mounts.push(tmpfs("/data", &["tmpcopyup", "size=1m"]));
+    mounts.push(tmpfs("/kept", &["tmpcopyup", "ro"]));
+    mounts.push(tmpfs("/plain", &[]));
+    let outcome = host.run("a", &spec);
+    assert_eq!(outcome.of("cat /data/deep/f"), "copied");
+    assert_eq!(outcome.of("stat /data/deep/f"), "file 644 5:6 0:0");
+    assert_eq!(outcome.of("stat /data"), "directory 750 0:0 0:0");
+    assert_eq!(outcome.of("write /data/new x"), "written");
+    let readonly = format!("error {}", libc::EROFS);
+    assert_eq!(outcome.of("write /kept/new x"), readonly);
+    assert_eq!(outcome.of("stat /plain"), "directory 711 0:0 0:0");
+    assert!(!rootfs.join("data/new").exists());
+}
+
+pub fn run_remount(host: &Host) {
+    let mounts = "cat /proc/self/mounts";
+    let mut spec = host.spec("a", &[mounts, "write /run/f x"]);
+    let remount = |destination: &str, options: &[&str]| json!({"destination": destination, "type": "none", "options": options});
+    let asked = spec["mounts"].as_array_mut().unwrap();
+    asked.push(remount("/run", &["bind", "remount", "ro", "nodev"]));
+    asked.push(remount("/dev/shm", &["remount", "size=8m", "exec"]));
+    let outcome = host.run("a", &spec);
+    let readonly = format!("error {}", libc::EROFS);
+    assert_eq!(outcome.of("write /run/f x"), readonly);
+    let found = outcome.of(mounts);
+    let line = |target: &str| found.lines().find(|line| line.contains(target)).unwrap();
+    assert!(line(" /run ").contains("ro,nosuid,nodev"), "{found}");
+    assert!(line(" /dev/shm ").contains("size=8192k"), "{found}");
+    assert!(!line(" /dev/shm ").contains("noexec"), "{found}");
+
+    let mut spec = host.spec("a", &["exit 0"]);
+    let asked = spec["mounts"].as_array_mut().unwrap();
+    asked.push(remount("/payload", &["remount", "ro"]));
+    let error = host.create_error("a", &spec);
+    assert!(error.contains("cannot remount /payload"), "{error}");
+    let sysfs = remount("/sys", &["remount", "size=1"]);
+    let last = spec["mounts"].as_array().unwrap().len() - 1;
+    spec["mounts"][last] = sysfs;
+    let error = host.create_error("a", &spec);
+    assert!(error.contains("not the container's alone"), "{error}");
+}

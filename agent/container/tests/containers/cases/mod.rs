@@ -12,7 +12,7 @@ use crate::fixture::Host;
 
 type Case = fn(&Host);
 
-pub const ALL: [(&str, Case); 52] = [
+pub const ALL: [(&str, Case); 55] = [
     ("run_exit_code_is_the_programs", process::run_exit_code),
     (
         "run_streams_connect_and_nothing_else_is_open",
@@ -193,6 +193,12 @@ pub const ALL: [(&str, Case); 52] = [
         "run_time_offsets_move_the_clocks",
         attributes::run_time_offsets,
     ),
+    (
+        "start_hooks_run_as_the_program_before_it",
+        attributes::start_hooks,
+    ),
+    ("run_tmpfs_copies_up_and_keeps_the_mode", files::run_copy_up),
+    ("run_remount_changes_what_is_there", files::run_remount),
     (
         "run_rootfs_propagation_is_as_asked_for",
         attributes::run_rootfs_propagation,

@@ -152,8 +152,9 @@ pub fn update_devices_and_limits(host: &Host) {
         update(json!({"pids": {"limit": -1}})).unwrap();
         assert_eq!(container.figures().unwrap().pids_limit, u64::MAX);
     }
-    let refused =
-        update(json!({"blockIO": {"weight": 10}, "devices": [{"allow": false, "access": "rwm"}]}));
+    let refused = update(
+        json!({"blockIO": {"leafWeight": 10}, "devices": [{"allow": false, "access": "rwm"}]}),
+    );
     let refused = refused.unwrap_err();
     assert!(matches!(refused, UpdateError::Unsupported(_)));
     assert!(
