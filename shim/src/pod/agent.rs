@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::io::{self, Read};
+use std::path::Path;
 use std::time::Duration;
 
 use agent_protocol::api::stream_header::Kind;
@@ -188,11 +189,13 @@ impl Agent {
     pub async fn create_container(
         &self,
         id: &str,
+        bundle: &Path,
         spec_json: Vec<u8>,
         stdio: Stdio,
     ) -> Result<(), Error> {
         let request = CreateContainerRequest {
             container_id: id.to_owned(),
+            bundle: bundle.to_string_lossy().into_owned(),
             spec_json,
             stdio: MessageField::some(stdio),
             ..CreateContainerRequest::default()

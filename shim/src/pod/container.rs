@@ -111,6 +111,7 @@ impl Container {
         let is_alone = host_view.membership == Membership::Alone;
         let id = request.id.clone();
         let (io, plan) = (request.io.clone(), request.plan.clone());
+        let bundle = request.bundle.clone();
         let created = async {
             let (pid, spec_json) =
                 Self::create_on_host(pod, request, host_view, guest_spec).await?;
@@ -127,8 +128,8 @@ impl Container {
             if behind != Behind::Pause {
                 let opened = Opened::open(&plan, &id, namespace).await?;
                 let wanted = opened.wanted();
-                pod.explain(agent.create_container(&id, spec_json, wanted).await)
-                    .await?;
+                let created = agent.create_container(&id, &bundle, spec_json, wanted);
+                pod.explain(created.await).await?;
                 container.init.connect(pod, agent, opened).await?;
             }
             Ok(container)

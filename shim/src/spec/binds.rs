@@ -122,8 +122,10 @@ fn options(mount: &Value) -> impl DoubleEndedIterator<Item = &str> {
 }
 
 pub(super) fn is_bind(mount: &Value) -> bool {
-    options(mount).any(|option| matches!(option, "bind" | "rbind"))
-        || text(mount, "/type") == Some("bind")
+    // What is mounted already has its source.
+    options(mount).all(|option| option != "remount")
+        && (options(mount).any(|option| matches!(option, "bind" | "rbind"))
+            || text(mount, "/type") == Some("bind"))
 }
 
 fn is_recursive(mount: &Value) -> bool {

@@ -183,6 +183,15 @@ impl Namespaces {
             let place = shared.iter_mut().find(|(name, _)| *name == kind);
             let Some((_, present)) = place else {
                 if let Some(path) = path {
+                    // The sandbox runs nowhere. Each container gets a user
+                    // namespace of its own, in which the same mappings, which
+                    // its configuration has too, make it the same users.
+                    if kind == "user" && is_of_sandbox(&path, membership, sandbox_pid) {
+                        if let Some(namespace) = namespace.as_object_mut() {
+                            namespace.remove("path");
+                        }
+                        continue;
+                    }
                     return Err(refuse_path(&format!("{field}.path"), &kind, &path));
                 }
                 found.own_pid |= kind == "pid";

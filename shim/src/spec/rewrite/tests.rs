@@ -128,6 +128,27 @@ fn rewrite_member_maps_its_sandbox_and_shm_back_to_the_pod() {
 }
 
 #[test]
+fn rewrite_user_namespace_of_the_sandbox_becomes_one_with_the_same_mappings() {
+    let namespaces = json!([
+        {"type": "user", "path": "/proc/77/ns/user"},
+        {"type": "network", "path": "/proc/77/ns/net"}, {"type": "ipc"}, {"type": "uts"},
+    ]);
+    let (_, guest) = rewritten(member(&namespaces), Some(77));
+    assert_eq!(guest["linux"]["namespaces"][0], json!({"type": "user"}));
+    let refused = refusal(member(&namespaces), Some(78));
+    assert!(refused.contains("/proc/77/ns/user"), "{refused}");
+}
+
+#[test]
+fn rewrite_remount_has_no_source() {
+    let mut spec = lone();
+    spec["mounts"] = json!([
+        {"destination": "/a", "type": "bind", "source": "none", "options": ["bind", "remount", "ro"]},
+    ]);
+    assert_eq!(rewritten(spec, None).1["mounts"][0]["source"], "none");
+}
+
+#[test]
 fn rewrite_namespace_of_another_pod_is_refused() {
     let namespaces = json!([
         {"type": "network", "path": "/proc/78/ns/net"},
