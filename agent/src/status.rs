@@ -42,10 +42,10 @@ fn code(error: &ContainerError) -> Code {
             CreateError::Launch(source) => launch_code(source),
         },
         E::Start { source, .. } => match source {
-            StartError::AlreadyStarted { .. } | StartError::Ended { .. } => {
+            // The last: a program that is not in the root file system, and alike.
+            StartError::AlreadyStarted { .. } | StartError::Ended { .. } | StartError::Init(_) => {
                 Code::FAILED_PRECONDITION
             }
-            StartError::Init(_) => Code::INTERNAL,
         },
         E::Signal { source, .. } => match source {
             SignalError::Ended { .. } => Code::NOT_FOUND,
@@ -163,7 +163,10 @@ mod tests {
                 start(StartError::AlreadyStarted { pid: 7 }),
                 Code::FAILED_PRECONDITION,
             ),
-            (start(StartError::Init(String::new())), Code::INTERNAL),
+            (
+                start(StartError::Init(String::new())),
+                Code::FAILED_PRECONDITION,
+            ),
             (signal, Code::NOT_FOUND),
             (
                 ContainerError::Creating { process: process() },

@@ -198,6 +198,17 @@ impl Lifecycle {
         }
     }
 
+    /// A signal to an exec was asked for. Unlike an init, which clients kill to
+    /// be rid of a task, one that was not started has no process for them.
+    pub fn check_exec_signal(&self) -> Result<(), WrongState> {
+        match self.phase {
+            Phase::Created => Err(WrongState::NotRunning),
+            Phase::Starting | Phase::Running | Phase::Paused | Phase::Stopped | Phase::Deleting => {
+                self.check_signal()
+            }
+        }
+    }
+
     /// A further process beside it, or a pause, was asked for.
     pub fn check_running(&self) -> Result<(), WrongState> {
         match self.phase {
@@ -316,6 +327,18 @@ mod tests {
         assert_eq!(task.begin_delete(), Err(WrongState::Deleting));
         task.delete_failed();
         assert_eq!(task.begin_delete(), Ok(()));
+    }
+
+    #[test]
+    fn signal_before_the_start_is_for_an_init_only() {
+        let mut task = Lifecycle::new();
+        assert_eq!(task.check_signal(), Ok(()));
+        assert_eq!(task.check_exec_signal(), Err(WrongState::NotRunning));
+        task.begin_start().expect("starts");
+        assert_eq!(task.check_exec_signal(), Ok(()));
+        task.started();
+        task.exited(exit(0));
+        assert_eq!(task.check_exec_signal(), Err(WrongState::Finished));
     }
 
     #[test]

@@ -412,7 +412,11 @@ impl Process {
 
     /// Sends it a signal; to `all` of its container, if it is the init.
     pub async fn signal(&self, pod: &Pod, signal: u32, all: bool) -> Result<(), CallError> {
-        self.life().check_signal()?;
+        if self.is_init() {
+            self.life().check_signal()?;
+        } else {
+            self.life().check_exec_signal()?;
+        }
         let agent = pod.agent().await?;
         let all = all && self.is_init();
         Ok(pod

@@ -27,6 +27,9 @@ use crate::pod::{Pod, chain};
 use crate::spec::{self, GuestSpec, HostView, Membership};
 use crate::task::Exit;
 
+/// `_NSIG` of Linux: the last of the real-time signals.
+const SIGNAL_MAX: u32 = 64;
+
 /// A task as containerd knows it.
 #[derive(Debug)]
 pub struct Task {
@@ -313,6 +316,12 @@ impl Shim {
     /// Signals a process; with `all`, every one of its task, if it is the init.
     pub async fn kill(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), Error> {
         let (task, process) = self.process(id, exec_id)?;
+        if signal > SIGNAL_MAX {
+            return Err(Error::Argument {
+                what: format!("signal {signal}"),
+                reason: format!("there is none above {SIGNAL_MAX}"),
+            });
+        }
         let pod = self.running_pod().await?;
         if process.is_init() {
             let container = &task.container;

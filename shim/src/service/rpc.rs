@@ -407,7 +407,13 @@ impl TaskService for Rpc {
         .await
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+    async fn checkpoint(
+        &self,
+        _: &TtrpcContext,
+        request: CheckpointTaskRequest,
+    ) -> ttrpc::Result<Empty> {
+        // An unknown task first: that is the caller's mistake, here as elsewhere.
+        self.0.task(&request.id)?;
         unsupported("Checkpoint")
     }
 

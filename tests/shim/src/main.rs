@@ -28,9 +28,8 @@ struct Arguments {
     /// How much slower than hardware this machine is.
     #[arg(long, default_value_t = 1)]
     time_factor: u32,
-    /// Run only the scenarios whose names contain this.
-    #[arg(default_value = "")]
-    filter: String,
+    /// Run only the scenarios whose names contain one of these.
+    filters: Vec<String>,
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -48,7 +47,7 @@ async fn main() -> Result<()> {
         sink,
     };
     let mut written = Ok(());
-    scenarios::run(&settings, &arguments.filter, |report| {
+    scenarios::run(&settings, &arguments.filters, |report| {
         // A line at a time: whoever kills a run that hangs knows how far it came.
         let line = serde_json::to_string(&report).expect("a report encodes");
         let mut stdout = std::io::stdout();

@@ -332,7 +332,17 @@ async fn wrong_execs_are_refused_with_containerds_codes() {
         refusal == Code::INVALID_ARGUMENT && message.contains("spec"),
         "{message}"
     );
-    world.run_exec("c", "e", &["sleep"]).await;
+    world.exec("c", "e", &["sleep"]).await.expect("execs");
+    // It waits to be started: nothing runs yet that a signal could end.
+    assert_eq!(
+        code(world.kill_exec("c", "e", 9).await),
+        Code::FAILED_PRECONDITION
+    );
+    world.start_exec("c", "e").await.expect("starts");
+    assert_eq!(
+        code(world.kill_exec("c", "e", 65).await),
+        Code::INVALID_ARGUMENT
+    );
     assert_eq!(
         code(world.exec("c", "e", &["sleep"]).await),
         Code::ALREADY_EXISTS

@@ -6,9 +6,9 @@ mod guest;
 mod host;
 
 use containerd_shim_protos::api::{
-    CloseIORequest, ConnectRequest, CreateTaskRequest, DeleteRequest, DeleteResponse,
-    ExecProcessRequest, KillRequest, PidsRequest, ShutdownRequest, StartRequest, StateRequest,
-    Status, WaitRequest, WaitResponse,
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, CreateTaskRequest, DeleteRequest,
+    DeleteResponse, ExecProcessRequest, KillRequest, PidsRequest, ShutdownRequest, StartRequest,
+    StateRequest, Status, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::events::task::TaskExit;
 use containerd_shim_protos::shim::event::Envelope;
@@ -461,6 +461,12 @@ async fn wrong_calls_are_refused_with_containerds_codes() {
         code == Code::INVALID_ARGUMENT && message.contains("pod d"),
         "{message}"
     );
+    for (id, expected) in [("d", Code::NOT_FOUND), ("c", Code::UNIMPLEMENTED)] {
+        let mut checkpoint = CheckpointTaskRequest::default();
+        id.clone_into(&mut checkpoint.id);
+        let answer = world.client.checkpoint(Context::default(), &checkpoint);
+        assert_eq!(refused(answer.await).0, expected);
+    }
     world.start("c").await.expect("starts");
     assert_eq!(refused(world.start("c").await).0, Code::FAILED_PRECONDITION);
     assert_eq!(

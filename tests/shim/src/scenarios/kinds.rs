@@ -25,8 +25,9 @@ async fn talk(shim: &Shim<'_>, exec: &str, uri: &str) -> Result<()> {
 /// written all of it when Delete returns.
 pub async fn logging_program(shim: &Shim<'_>, facts: &mut Facts) -> Result<()> {
     let log = shim.bundle().place().join("logged");
+    // A shim may tell it to end as soon as there is nothing more to read.
     let script = format!(
-        "exec 5>&-; {{ echo \"$CONTAINER_NAMESPACE/$CONTAINER_ID\"; cat <&3; cat <&4; }} >{}",
+        "trap '' TERM; exec 5>&-; {{ echo \"$CONTAINER_NAMESPACE/$CONTAINER_ID\"; cat <&3; cat <&4; }} >{}",
         log.display()
     );
     let mut uri = "binary:///bin/sh?-c=".to_owned();

@@ -78,15 +78,16 @@ const PATTERN_FILE: &str = "pattern";
 /// Its size, and what is right after an exit: more than all buffers on the way.
 const PATTERN_BYTES: usize = 8 << 20;
 
-/// Runs the scenarios whose names contain `filter`, and calls `tell` with each
-/// outcome.
-pub async fn run(settings: &Settings, filter: &str, mut tell: impl FnMut(Report)) {
+/// Runs the scenarios whose names contain one of `filters`, or all when there is
+/// none, and calls `tell` with each outcome.
+pub async fn run(settings: &Settings, filters: &[String], mut tell: impl FnMut(Report)) {
+    let wanted = |name: &str| filters.is_empty() || filters.iter().any(|part| name.contains(part));
     for (name, scenario) in ALONE {
-        if name.contains(filter) {
+        if wanted(name) {
             tell(observed(name, async |facts| scenario(settings, facts).await).await);
         }
     }
-    let beside = BESIDE.iter().filter(|(name, _)| name.contains(filter));
+    let beside = BESIDE.iter().filter(|(name, _)| wanted(name));
     let beside: Vec<_> = beside.collect();
     if !beside.is_empty() {
         let sleeper = run_beside(settings, &beside, &mut tell).await;

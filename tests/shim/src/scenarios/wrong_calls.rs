@@ -179,7 +179,6 @@ async fn running(calls: &mut Calls<'_>) -> Result<()> {
     calls
         .all_about("an unknown exec", shim.exec("absent"))
         .await;
-    calls.exec("Exec with an empty id", "").await;
     calls.exec("Exec with a slash in its id", "a/b").await;
     calls.exec("Exec with dots as its id", "..").await;
     calls.exec("Exec with a huge id", &"x".repeat(HUGE)).await;
@@ -272,6 +271,9 @@ async fn paused(calls: &mut Calls<'_>) {
     calls.keep("Start", &client.start(shim.init()).await);
     calls.keep("Delete", &client.delete(shim.init()).await);
     calls.exec("Exec", "frozen").await;
+    // Not where it could come to be: an exec without a name is the end of
+    // runc's shim once init ends.
+    calls.exec("Exec with an empty id", "").await;
     calls.keep(
         "ResizePty without a terminal",
         &client.resize(shim.init(), 80, 24).await,
