@@ -93,6 +93,10 @@ pub fn differences(theirs: &[Report], ours: &[Report], declared: &[Declared]) ->
         let counterpart = theirs
             .iter()
             .find(|their| their.scenario == report.scenario);
+        // What theirs saw until it failed is no measure.
+        if counterpart.is_some_and(|their| their.failure.is_some()) {
+            continue;
+        }
         let their_facts = counterpart
             .map(|their| their.facts.clone())
             .unwrap_or_default();
