@@ -68,11 +68,10 @@ fn exec_code(error: &ExecError) -> Code {
 
 fn launch_code(error: &LaunchError) -> Code {
     match error {
-        LaunchError::Helper(_)
-        | LaunchError::Channel(_)
-        | LaunchError::Ended
-        | LaunchError::Reported(_) => Code::INTERNAL,
         LaunchError::Scheduling(_) => Code::INVALID_ARGUMENT,
+        // What its configuration asks for is not there: a program, a directory.
+        LaunchError::Reported(_) => Code::FAILED_PRECONDITION,
+        LaunchError::Helper(_) | LaunchError::Channel(_) | LaunchError::Ended => Code::INTERNAL,
     }
 }
 
@@ -158,6 +157,10 @@ mod tests {
             (
                 create(CreateError::Launch(LaunchError::Ended)),
                 Code::INTERNAL,
+            ),
+            (
+                create(CreateError::Launch(LaunchError::Reported(String::new()))),
+                Code::FAILED_PRECONDITION,
             ),
             (
                 start(StartError::AlreadyStarted { pid: 7 }),

@@ -417,6 +417,10 @@ impl Process {
         } else {
             self.life().check_exec_signal()?;
         }
+        // As kill(2): whether it could get a signal, and no more.
+        if signal == 0 {
+            return Ok(());
+        }
         let agent = pod.agent().await?;
         let all = all && self.is_init();
         Ok(pod

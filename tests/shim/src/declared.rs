@@ -60,6 +60,16 @@ pub const DECLARED: &[Declared] = &[
         "the exec was refused: there is nothing to delete",
     ),
     wrong(
+        "Exec of a missing program",
+        REFUSED,
+        "what cannot be executed is refused at once, and not at Start",
+    ),
+    wrong(
+        "of a missing program",
+        "",
+        "the exec was refused: there is nothing to start or delete",
+    ),
+    wrong(
         "ResizePty",
         REFUSED,
         "there is no terminal whose size could be set; runc's shim ignores the call",

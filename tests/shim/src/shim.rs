@@ -19,7 +19,7 @@ use crate::start::{Address, Containerd, Invocation};
 use crate::streams::Streams;
 
 /// How long a call may take on hardware.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// `SIGKILL`, as a request carries it.
 pub const SIGKILL: u32 = 9;
