@@ -10,6 +10,7 @@ pub mod files;
 pub mod jail;
 pub mod leftovers;
 pub mod memory;
+pub mod oci_matrix;
 pub mod pods;
 pub mod streams;
 pub mod volumes;
@@ -36,6 +37,7 @@ pub const ALL: &[&[Check]] = &[
     volumes::CHECKS,
     memory::CHECKS,
     streams::CHECKS,
+    oci_matrix::CHECKS,
 ];
 
 /// Checks that an ordinary run leaves out, each with its reason; `make soak`
