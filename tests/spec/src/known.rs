@@ -65,17 +65,221 @@ const fn wrong(
 
 /// All that are known.
 pub const KNOWN: &[Known] = &[
+    wrong(
+        &[Runc],
+        "",
+        "linux.resources.devices: 10:200",
+        "runc lets every container use /dev/net/tun, which no field asks for",
+    ),
+    wrong(
+        &[Runc],
+        "process.capabilities: absent",
+        "process.capabilities",
+        "without the field runc leaves all that it has itself, Bulkhead none",
+    ),
+    refused(
+        &[Runc],
+        "linux.namespaces: no mount",
+        "without a private MNT namespace",
+        "masked paths would be the host's",
+    ),
     refused(
         BOTH,
         "process.args: not found",
         "no such file",
         "there is no program to run",
     ),
-    wrong(
+    refused(
         &[Runc],
+        "process.cwd: relative",
+        "Cwd must be an absolute path",
+        "the specification asks for one",
+    ),
+    refused(
+        &[Bulkhead],
+        "process.cwd: relative",
+        "process.cwd",
+        "the specification asks for an absolute path",
+    ),
+    refused(
+        &[Runc],
+        "mounts: relative source",
+        "failed to fulfil mount request",
+        "it is taken as relative to the bundle, where there is none",
+    ),
+    refused(
+        &[Bulkhead],
+        "mounts: relative source",
+        "is not an absolute path",
+        "the guest has no bundle that it could be relative to",
+    ),
+    refused(
+        &[Bulkhead],
+        "mounts: tmpfs tmpcopyup",
+        "tmpcopyup is not supported yet",
+        "an option of runc alone, not in the specification",
+    ),
+    refused(
+        &[Bulkhead],
+        "mounts: overlay",
+        "file system type \"overlay\" is not supported in the guest",
+        "its layers would be the host's paths: an overlay is mounted on the host and bound",
+    ),
+    refused(
+        &[Bulkhead],
+        "mounts: remount",
+        "remount is not supported yet",
+        "there is nothing in the new root yet that a remount could be meant for",
+    ),
+    refused(
+        BOTH,
+        "mounts: source that is not there",
+        "/no/such/source",
+        "there is nothing to bind",
+    ),
+    refused(
+        &[Bulkhead],
+        "linux.devices: outside of /dev",
+        "is not below /dev, where alone devices work",
+        "the root file system is shared with the host and never has devices",
+    ),
+    refused(
+        &[Bulkhead],
+        "linux.devices: a disk of the host",
+        "of the host, which the guest does not have",
+        "the number means another device in the guest",
+    ),
+    refused(
+        &[Bulkhead],
+        "hooks.createContainer",
+        "hooks.createContainer",
+        "its program is the host's, its namespaces are the guest's",
+    ),
+    refused(
+        &[Bulkhead],
+        "hooks.startContainer",
+        "hooks.startContainer",
+        "not supported yet",
+    ),
+    refused(
+        &[Bulkhead],
+        "linux.namespaces: no pid",
+        "linux.namespaces: pid",
+        "a container has one of its own, apart from the agent's",
+    ),
+    refused(
+        &[Bulkhead],
+        "linux.namespaces: no mount",
+        "linux.namespaces: mount",
+        "a container has one of its own, apart from the agent's",
+    ),
+    refused(
+        &[Bulkhead],
+        "linux.namespaces: no ipc",
+        "the host's ipc namespace was asked for",
+        "the host's ends at the VM",
+    ),
+    refused(
+        &[Bulkhead],
+        "linux.namespaces: no uts",
+        "the host's uts namespace was asked for",
+        "the host's ends at the VM",
+    ),
+    refused(
+        &[Bulkhead],
+        "linux.namespaces: no network",
+        "the host's network namespace was asked for",
+        "the host's ends at the VM",
+    ),
+    refused(
+        BOTH,
+        "linux.sysctl: of the whole kernel",
+        "vm.swappiness",
+        "it is not of a namespace of the container",
+    ),
+    refused(
+        BOTH,
+        "linux.seccomp: listenerPath",
+        "listener",
+        "nobody listens there; under Bulkhead nobody could, from the host",
+    ),
+    refused(
+        &[Bulkhead],
+        "linux.resources.memory.kernel",
+        "linux.resources.memory.kernel",
+        "cgroup version 2 has no such setting; runc drops it silently",
+    ),
+    refused(
+        &[Bulkhead],
+        "linux.resources.memory.kernelTCP",
+        "linux.resources.memory.kernelTCP",
+        "cgroup version 2 has no such setting; runc drops it silently",
+    ),
+    refused(
+        &[Bulkhead],
+        "linux.resources.memory.swappiness",
+        "linux.resources.memory.swappiness",
+        "cgroup version 2 has no such setting; runc drops it silently",
+    ),
+    refused(
+        &[Bulkhead],
+        "linux.resources.memory.disableOOMKiller",
+        "linux.resources.memory.disableOOMKiller",
+        "cgroup version 2 has no such setting; runc drops it silently",
+    ),
+    refused(
+        &[Bulkhead],
+        "linux.resources.memory.useHierarchy: false",
+        "linux.resources.memory.useHierarchy",
+        "cgroup version 2 has no such setting; runc drops it silently",
+    ),
+    refused(
+        &[Bulkhead],
+        "linux.resources.memory.checkBeforeUpdate",
+        "linux.resources.memory.checkBeforeUpdate",
+        "cgroup version 2 has no such setting; runc drops it silently",
+    ),
+    refused(
+        &[Bulkhead],
+        "linux.resources.cpu.realtimeRuntime",
+        "linux.resources.cpu.realtimeRuntime",
+        "cgroup version 2 has no real-time limits",
+    ),
+    refused(
+        &[Bulkhead],
+        "linux.resources.blockIO.weight",
+        "linux.resources.blockIO",
+        "the container's files are not on a block device of the guest",
+    ),
+    refused(
+        &[Bulkhead],
+        "linux.resources.blockIO.throttleReadBpsDevice",
+        "linux.resources.blockIO",
+        "the container's files are not on a block device of the guest",
+    ),
+    refused(
+        &[Bulkhead],
+        "linux.resources.network.classID",
+        "linux.resources.network",
+        "cgroup version 2 has no network controller; runc drops it silently",
+    ),
+    refused(
+        BOTH,
+        "linux.resources.unified: no such file",
+        "nothing.max",
+        "the cgroup has no such file",
+    ),
+    refused(
+        BOTH,
+        "linux.intelRdt",
+        "ntelRdt",
+        "the node's processor has none; under Bulkhead it would be the host's",
+    ),
+    wrong(
+        BOTH,
         "linux.resources.devices: a default one denied",
         "linux.resources.devices: 1:7",
-        "it allows the default devices whatever the rules say",
+        "the default devices are allowed whatever the rules say, which programs have come to rely on",
     ),
 ];
 
@@ -85,6 +289,18 @@ pub fn is_refused(variation: &str) -> bool {
     KNOWN
         .iter()
         .any(|known| known.variation == variation && matches!(known.effect, Effect::Refused(_)))
+}
+
+/// Whether a variation is refused by one of the runtimes, and not by the other.
+pub fn is_refused_by_one(variation: &str) -> bool {
+    let by = |runtime| {
+        KNOWN.iter().any(|known| {
+            known.variation == variation
+                && known.runtimes.contains(&runtime)
+                && matches!(known.effect, Effect::Refused(_))
+        })
+    };
+    by(Runc) != by(Bulkhead)
 }
 
 /// The known differences as the table of `docs/oci-differences.md`.

@@ -27,10 +27,11 @@ struct Arguments {
     /// Where the combinations come from.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Also every variation alone, and this many random combinations.
+    /// Also every variation alone, where it is otherwise those that one of the
+    /// runtimes refuses, and this many random combinations.
     #[arg(long)]
     whole: Option<usize>,
-    /// Only these variations, each alone.
+    /// Only these: cases by name (`packed-0`) or kind (`packed`), and variations, each alone.
     #[arg(long)]
     only: Vec<String>,
     /// Only this runtime.
@@ -98,22 +99,27 @@ fn read(file: &Path) -> Result<Vec<Run>> {
 
 fn cases(arguments: &Arguments) -> Vec<Case> {
     let all = variations::all();
-    if !arguments.only.is_empty() {
-        let chosen: Vec<Variation> = all
-            .into_iter()
-            .filter(|variation| arguments.only.iter().any(|name| name == variation.name))
-            .collect();
-        return matrix::alone(&chosen);
-    }
+    let single = |variation: &Variation| {
+        arguments.whole.is_some()
+            || known::is_refused_by_one(variation.name)
+            || arguments.only.iter().any(|name| name == variation.name)
+    };
+    let singles: Vec<_> = all.iter().filter(|one| single(one)).copied().collect();
     let may_combine = |variation: &Variation| !known::is_refused(variation.name);
-    let mut cases = matrix::alone(&all);
-    if arguments.whole.is_none() {
-        cases.truncate(1);
-    }
+    let mut cases = matrix::alone(&singles);
     cases.extend(matrix::packed(&all, arguments.seed, may_combine));
     let random = arguments.whole.unwrap_or_default();
     cases.extend(matrix::random(&all, arguments.seed, random, may_combine));
+    if !arguments.only.is_empty() {
+        cases.retain(|case| arguments.only.iter().any(|name| is_named(case, name)));
+    }
     cases
+}
+
+/// By its own name, by the kind that its name begins with, or by what it varies alone.
+fn is_named(case: &Case, name: &str) -> bool {
+    let alone = matches!(&case.variations[..], [one] if one.name == name);
+    alone || case.name == name || case.name.split('-').next() == Some(name)
 }
 
 fn run(containers: &Containers, runtime: Runtime, cases: &[Case]) -> Result<Vec<Run>> {

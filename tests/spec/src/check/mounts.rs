@@ -229,14 +229,36 @@ fn parameter(mount: &Value, key: &str, value: &str, seen: &Mounted, report: &mut
         ("tmpfs", "uid") => report.compare_read(field, value, metadata.map(|status| status.uid())),
         ("tmpfs", "gid") => report.compare_read(field, value, metadata.map(|status| status.gid())),
         _ => {
+            let value = if key == "gid" {
+                outside(value)
+            } else {
+                value.to_owned()
+            };
             let shown = seen
                 .super_options
                 .iter()
                 .find_map(|option| option.strip_prefix(key)?.strip_prefix('='));
             let plain = |text: &str| text.trim_start_matches('0').to_owned();
-            report.compare(field, plain(value), plain(shown.unwrap_or("absent")));
+            report.compare(field, plain(&value), plain(shown.unwrap_or("absent")));
         }
     }
+}
+
+/// A group as the kernel's own user namespace knows it, which is the one that
+/// devpts shows.
+fn outside(gid: &str) -> String {
+    let map = fs::read_to_string("/proc/self/gid_map").unwrap_or_default();
+    let ranges = map.lines().map(|line| {
+        let mut numbers = line.split_whitespace().flat_map(str::parse::<u64>);
+        [0; 3].map(|_| numbers.next().unwrap_or_default())
+    });
+    let gid = gid.parse().unwrap_or_default();
+    let found = ranges
+        .into_iter()
+        .find(|[inside, _, count]| (*inside..inside + count).contains(&gid));
+    found
+        .map_or(gid, |[inside, outside, _]| gid - inside + outside)
+        .to_string()
 }
 
 /// A size with a suffix, as tmpfs takes it.

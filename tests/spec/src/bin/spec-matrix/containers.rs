@@ -165,7 +165,9 @@ fn write(path: &Path, text: &str) -> Result<()> {
 
 fn ctr(runtime: Runtime, config: &Path) -> Command {
     let mut command = Command::new("timeout");
-    command.args(["--kill-after=10", LONGEST_S, "ctr", "run", "--config"]);
+    // In the foreground, or a terminal would stop what is not in it.
+    command.args(["--foreground", "--kill-after=10", LONGEST_S]);
+    command.args(["ctr", "run", "--config"]);
     command.arg(config);
     command.args(["--runtime", runtime.containerd_name()]);
     command
