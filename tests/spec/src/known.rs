@@ -65,6 +65,24 @@ const fn wrong(
 
 /// All that are known.
 pub const KNOWN: &[Known] = &[
+    refused(
+        &[Bulkhead],
+        "process.scheduler: a flag",
+        "unknown variant `SCHED_FLAG_RESET_ON_FORK`",
+        "the library that reads the configuration spells two of the flags otherwise than the specification",
+    ),
+    refused(
+        &[Bulkhead],
+        "mounts: idmap",
+        "idmap mounts not supported",
+        "containerd asks the shim's features first, which do not name them yet",
+    ),
+    wrong(
+        &[Bulkhead],
+        "linux.namespaces: no cgroup",
+        "linux.cgroupsPath",
+        "the guest has a hierarchy of its own, in which the container's place is its id's",
+    ),
     wrong(
         &[Runc],
         "",

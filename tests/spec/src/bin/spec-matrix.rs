@@ -129,7 +129,7 @@ fn run(containers: &Containers, runtime: Runtime, cases: &[Case]) -> Result<Vec<
         let outcome = containers.run(&pod, case)?;
         let short = match &outcome {
             Outcome::Report(_) => "reported",
-            Outcome::Failed(_) => "refused",
+            Outcome::Failed(error) => error.trim(),
         };
         let names: BTreeSet<_> = case.variations.iter().map(|one| one.name).collect();
         eprintln!(

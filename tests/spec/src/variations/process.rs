@@ -158,7 +158,11 @@ pub const VARIATIONS: &[Variation] = &[
         put(spec, "process/scheduler", scheduler);
     }),
     any("process.scheduler: SCHED_FIFO", "scheduler", |spec, _| {
-        let scheduler = json!({"policy": "SCHED_FIFO", "priority": 10,
+        let scheduler = json!({"policy": "SCHED_FIFO", "priority": 10});
+        put(spec, "process/scheduler", scheduler);
+    }),
+    any("process.scheduler: a flag", "scheduler", |spec, _| {
+        let scheduler = json!({"policy": "SCHED_RR", "priority": 5,
             "flags": ["SCHED_FLAG_RESET_ON_FORK"]});
         put(spec, "process/scheduler", scheduler);
     }),

@@ -118,6 +118,8 @@ impl Containers {
     /// returns the configuration's path for `ctr`.
     fn files(&self, id: &str, place: &Place, spec: &Value) -> Result<PathBuf> {
         let root = &place.rootfs;
+        // Of a run that was broken off.
+        let _ = fs::remove_dir_all(self.root.join(id));
         for directory in [
             "bin",
             "dev",
