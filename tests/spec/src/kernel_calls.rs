@@ -60,6 +60,17 @@ pub fn io_priority() -> io::Result<(u64, u64)> {
     ))
 }
 
+/// The execution domain (`personality(2)`), all bits of it.
+///
+/// # Errors
+/// As the call's.
+pub fn personality() -> io::Result<c_long> {
+    // Asks without a change.
+    const ASK: c_ulong = 0xffff_ffff;
+    // SAFETY: a number only.
+    outcome(unsafe { libc::syscall(libc::SYS_personality, ASK) })
+}
+
 /// `struct sched_attr` in its first version (linux/sched/types.h).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]

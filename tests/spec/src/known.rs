@@ -65,6 +65,54 @@ const fn wrong(
 
 /// All that are known.
 pub const KNOWN: &[Known] = &[
+    wrong(
+        &[Bulkhead],
+        "mounts: bind, not what is below",
+        "mounts: /mnt/bind: below",
+        "what is mounted in a volume on the host is a part of it in the pod's share, whatever the bind asks for",
+    ),
+    wrong(
+        &[Bulkhead],
+        "mounts: bind, not what is below",
+        "mounts: others",
+        "what is mounted in a volume on the host is a part of it in the pod's share, whatever the bind asks for",
+    ),
+    wrong(
+        &[Bulkhead],
+        "mounts: bind nosuid nodev noexec noatime",
+        "mounts: /mnt/bind-no: below",
+        "what is mounted in a volume on the host is a part of it in the pod's share, whatever the bind asks for",
+    ),
+    wrong(
+        &[Bulkhead],
+        "mounts: bind nosuid nodev noexec noatime",
+        "mounts: others",
+        "what is mounted in a volume on the host is a part of it in the pod's share, whatever the bind asks for",
+    ),
+    wrong(
+        &[Bulkhead],
+        "mounts: bind unbindable",
+        "mounts: /mnt/unbindable: below",
+        "what is mounted in a volume on the host is a part of it in the pod's share, whatever the bind asks for",
+    ),
+    wrong(
+        &[Bulkhead],
+        "mounts: bind unbindable",
+        "mounts: others",
+        "what is mounted in a volume on the host is a part of it in the pod's share, whatever the bind asks for",
+    ),
+    wrong(
+        &[Bulkhead],
+        "mounts: bind nosymfollow",
+        "mounts: /mnt/bind-links: below",
+        "what is mounted in a volume on the host is a part of it in the pod's share, whatever the bind asks for",
+    ),
+    wrong(
+        &[Bulkhead],
+        "mounts: bind nosymfollow",
+        "mounts: others",
+        "what is mounted in a volume on the host is a part of it in the pod's share, whatever the bind asks for",
+    ),
     refused(
         &[Bulkhead],
         "process.scheduler: a flag",

@@ -5,7 +5,6 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::{env, fs};
 
-use nix::sys::personality;
 use nix::sys::resource::{Resource, getrlimit};
 use serde_json::Value;
 
@@ -200,8 +199,7 @@ fn personality_of(spec: &Value, report: &mut Report) {
     const LINUX32: i32 = 8;
     let domain = text(spec, "/linux/personality/domain");
     let expected = if domain == "LINUX32" { LINUX32 } else { 0 };
-    let seen = personality::get().map(|persona| persona.bits());
-    report.compare_read("linux.personality", expected, seen);
+    report.compare_read("linux.personality", expected, kernel_calls::personality());
     let machine = if domain == "LINUX32" {
         "i686"
     } else {

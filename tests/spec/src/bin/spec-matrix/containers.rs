@@ -203,12 +203,11 @@ fn succeed(command: &mut Command) -> Result<()> {
 
 fn outcome(output: &Output) -> Result<Outcome> {
     let stdout = String::from_utf8_lossy(&output.stdout);
-    let report = stdout
-        .lines()
-        .find_map(|line| line.trim().strip_prefix(REPORT_MARK));
+    // A terminal may have echoed something before it.
+    let report = stdout.lines().find_map(|line| line.split_once(REPORT_MARK));
     match report {
-        Some(json) => {
-            let report: Report = serde_json::from_str(json).context("read a report")?;
+        Some((_, json)) => {
+            let report: Report = serde_json::from_str(json.trim()).context("read a report")?;
             Ok(Outcome::Report(report))
         }
         None => Ok(Outcome::Failed(format!(
