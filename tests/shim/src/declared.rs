@@ -3,6 +3,7 @@
 use crate::compare::Declared;
 
 const WRONG: &str = "wrong_calls";
+const WRONG_EXECS: &str = "wrong_calls_of_execs";
 const INVALID: &str = "INVALID_ARGUMENT";
 const EXISTS: &str = "ALREADY_EXISTS";
 const REFUSED: &str = "FAILED_PRECONDITION";
@@ -11,6 +12,16 @@ const REFUSED: &str = "FAILED_PRECONDITION";
 const fn wrong(about: &'static str, ours: &'static str, reason: &'static str) -> Declared {
     Declared {
         scenario: WRONG,
+        about,
+        ours,
+        reason,
+    }
+}
+
+/// The same of the calls of [`WRONG_EXECS`].
+const fn wrong_exec(about: &'static str, ours: &'static str, reason: &'static str) -> Declared {
+    Declared {
+        scenario: WRONG_EXECS,
         about,
         ours,
         reason,
@@ -59,12 +70,12 @@ pub const DECLARED: &[Declared] = &[
         "",
         "the exec was refused: there is nothing to delete",
     ),
-    wrong(
+    wrong_exec(
         "Exec of a missing program",
         REFUSED,
         "what cannot be executed is refused at once, and not at Start",
     ),
-    wrong(
+    wrong_exec(
         "of a missing program",
         "",
         "the exec was refused: there is nothing to start or delete",
@@ -74,11 +85,28 @@ pub const DECLARED: &[Declared] = &[
         REFUSED,
         "there is no terminal whose size could be set; runc's shim ignores the call",
     ),
-    wrong(
+    wrong_exec(
+        "ResizePty",
+        REFUSED,
+        "there is no terminal whose size could be set; runc's shim ignores the call",
+    ),
+    wrong_exec(
         "CloseIO of an",
         "NOT_FOUND",
         "runc's shim says so too, in words, and loses the code",
     ),
+    Declared {
+        scenario: "log_file",
+        about: "",
+        ours: "err err out out",
+        reason: "nothing is lost, however soon Delete comes",
+    },
+    Declared {
+        scenario: "no_streams",
+        about: "status",
+        ours: "0",
+        reason: "the outputs are /dev/null, which takes all",
+    },
     Declared {
         scenario: "delete_before_start",
         about: "exit status",
@@ -97,6 +125,10 @@ pub const EXCUSED: &[(&str, &str)] = &[
     (
         "life_for_containerd_1_7",
         "runc's shim serves only the containerd of its own release",
+    ),
+    (
+        WRONG_EXECS,
+        "runc's shim counts an exec whose Start failed as one less that runs, and dies of it with the init",
     ),
     (
         "log_file",

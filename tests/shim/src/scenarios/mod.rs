@@ -44,6 +44,9 @@ const ALONE: &[(&str, Alone)] = &[
     ("wrong_calls", |s, f| {
         Box::pin(wrong_calls::through_life(s, f))
     }),
+    ("wrong_calls_of_execs", |s, f| {
+        Box::pin(wrong_calls::of_execs(s, f))
+    }),
     ("delete_before_start", |s, f| {
         Box::pin(wrong_calls::delete_before_start(s, f))
     }),
