@@ -12,10 +12,10 @@ pub mod leftovers;
 pub mod memory;
 pub mod oci_matrix;
 pub mod pods;
-pub mod streams;
-pub mod volumes;
 pub mod shim;
+pub mod streams;
 pub mod terminals;
+pub mod volumes;
 
 use anyhow::Result;
 

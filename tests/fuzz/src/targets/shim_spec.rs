@@ -12,6 +12,7 @@ use oci_spec::runtime::Spec;
 use serde_json::{Value, json};
 use shim::host::cgroup::CgroupPath;
 use shim::host::mounts::Access;
+use shim::host::volumes::Placed;
 use shim::spec::{GuestSpec, Membership, Volumes};
 
 use crate::json::change;
@@ -26,10 +27,19 @@ struct Numbered(Vec<(PathBuf, Access)>);
 impl Volumes for Numbered {
     type Error = Infallible;
 
-    fn add(&mut self, source: &Path, access: Access) -> Result<PathBuf, Infallible> {
+    fn add(
+        &mut self,
+        source: &Path,
+        access: Access,
+        _recursive: bool,
+    ) -> Result<Placed, Infallible> {
         assert!(source.is_absolute(), "a source relative to the shim");
         self.0.push((source.to_owned(), access));
-        Ok(PathBuf::from(format!("volumes/{}", self.0.len() - 1)))
+        Ok(Placed {
+            path: PathBuf::from(format!("volumes/{}", self.0.len() - 1)),
+            read_only: false,
+            below: Vec::new(),
+        })
     }
 }
 
@@ -115,7 +125,8 @@ fn names_nothing_of_the_host(spec: &Spec, volumes: &Numbered) {
         let mut words = mount.options().iter().flatten();
         let is_bind = words.clone().any(|word| word == "bind" || word == "rbind")
             || mount.typ().as_deref() == Some("bind");
-        if !is_bind {
+        // The source of a remount is never looked at.
+        if !is_bind || words.clone().any(|word| word == "remount") {
             continue;
         }
         let source = mount.source().clone().unwrap_or_default();
