@@ -42,6 +42,7 @@ fn specification(lab: &Lab, root: &str, command: &str) -> Result<Value> {
     let mut spec: Value = serde_json::from_str(&lab.succeed("ctr oci spec")?)?;
     spec["root"] = json!({"path": format!("/var/tmp/oci/{root}")});
     spec["process"]["args"] = json!(["sh", "-c", command]);
+    spec["process"]["env"] = json!(["PATH=/usr/bin:/bin:/usr/sbin:/sbin"]);
     Ok(spec)
 }
 
