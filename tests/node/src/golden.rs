@@ -87,7 +87,7 @@ const BOOT_PATIENCE: Duration = Duration::from_mins(5);
 
 /// What the node does before it is saved, so that no clone has to. Ends with what makes the clones anybody's.
 const PREPARATION: [&str; 4] = [
-    "containerd-use 1.7; containerd-use 2.3; containerd-use 2.4",
+    "for version in 1.6 1.7 2.0 2.2 2.3 2.4; do containerd-use $version || exit; done",
     // Brings the code of containerd, runc and the clients into memory, and all that a first container needs loaded.
     "ctr run --rm docker.io/library/busybox:latest warm true",
     "nerdctl images; crictl info",

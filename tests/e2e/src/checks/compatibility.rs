@@ -7,12 +7,27 @@ use crate::lab::{BULKHEAD, IMAGE, Lab, RUN};
 
 /// See the names.
 pub const CHECKS: &[Check] = &[
+    ("exit_code_on_containerd_1_6", on_1_6),
     ("exit_code_on_containerd_1_7", on_1_7),
+    ("exit_code_on_containerd_2_0", on_2_0),
+    ("exit_code_on_containerd_2_2", on_2_2),
     ("exit_code_on_containerd_2_3", on_2_3),
 ];
 
+fn on_1_6(lab: &Lab) -> Result<()> {
+    smoke(lab, "1.6")
+}
+
 fn on_1_7(lab: &Lab) -> Result<()> {
     smoke(lab, "1.7")
+}
+
+fn on_2_0(lab: &Lab) -> Result<()> {
+    smoke(lab, "2.0")
+}
+
+fn on_2_2(lab: &Lab) -> Result<()> {
+    smoke(lab, "2.2")
 }
 
 fn on_2_3(lab: &Lab) -> Result<()> {

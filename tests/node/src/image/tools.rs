@@ -21,7 +21,7 @@ pub(super) struct Tool {
 }
 
 /// All of them. The versions are those of each go.mod.
-pub(super) const TOOLS: [Tool; 5] = [
+pub(super) const TOOLS: [Tool; 8] = [
     Tool {
         module: "containerd-2.4",
         destination: "containerd-2.4/bin",
@@ -32,6 +32,24 @@ pub(super) const TOOLS: [Tool; 5] = [
         module: "containerd-2.3",
         destination: "containerd-2.3/bin",
         packages: &CONTAINERD,
+        test: None,
+    },
+    Tool {
+        module: "containerd-2.2",
+        destination: "containerd-2.2/bin",
+        packages: &CONTAINERD,
+        test: None,
+    },
+    Tool {
+        module: "containerd-2.0",
+        destination: "containerd-2.0/bin",
+        packages: &CONTAINERD,
+        test: None,
+    },
+    Tool {
+        module: "containerd-1.6",
+        destination: "containerd-1.6/bin",
+        packages: &CONTAINERD_1,
         test: None,
     },
     Tool {
@@ -65,6 +83,13 @@ const CONTAINERD: [&str; 3] = [
     "github.com/containerd/containerd/v2/cmd/containerd",
     "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2",
     "github.com/containerd/containerd/v2/cmd/ctr",
+];
+
+/// The same before there was a version 2.
+const CONTAINERD_1: [&str; 3] = [
+    "github.com/containerd/containerd/cmd/containerd",
+    "github.com/containerd/containerd/cmd/containerd-shim-runc-v2",
+    "github.com/containerd/containerd/cmd/ctr",
 ];
 
 /// `-p=2`: the linker of a large tool takes a gigabyte.
