@@ -4,6 +4,7 @@
 //! v3.
 
 mod error;
+mod options;
 pub mod rpc;
 
 use std::collections::HashMap;

@@ -25,7 +25,7 @@ use serde_json::Value;
 use tracing::{debug, warn};
 use ttrpc::r#async::{Service, TtrpcContext};
 
-use super::{Error, Shim, Task};
+use super::{Error, Shim, Task, options};
 use crate::events::{Event, timestamp};
 use crate::host::mounts::Mount;
 use crate::pod::chain;
@@ -123,15 +123,7 @@ fn check_create(request: &CreateTaskRequest) -> Result<(), Error> {
             });
         }
     }
-    match request.options.as_ref() {
-        Some(Any {
-            type_url, value, ..
-        }) if !value.is_empty() => Err(Error::Argument {
-            what: format!("options of type {type_url}"),
-            reason: "this runtime has no options yet: leave them out".to_owned(),
-        }),
-        _ => Ok(()),
-    }
+    request.options.as_ref().map_or(Ok(()), options::check)
 }
 
 fn delete_response(pid: u32, exit: &Exit) -> DeleteResponse {
