@@ -65,60 +65,6 @@ const fn wrong(
 
 /// All that are known.
 pub const KNOWN: &[Known] = &[
-    wrong(
-        &[Bulkhead],
-        "mounts: bind, not what is below",
-        "mounts: /mnt/bind: below",
-        "what is mounted in a volume on the host is a part of it in the pod's share, whatever the bind asks for",
-    ),
-    wrong(
-        &[Bulkhead],
-        "mounts: bind, not what is below",
-        "mounts: others",
-        "what is mounted in a volume on the host is a part of it in the pod's share, whatever the bind asks for",
-    ),
-    wrong(
-        &[Bulkhead],
-        "mounts: bind nosuid nodev noexec noatime",
-        "mounts: /mnt/bind-no: below",
-        "what is mounted in a volume on the host is a part of it in the pod's share, whatever the bind asks for",
-    ),
-    wrong(
-        &[Bulkhead],
-        "mounts: bind nosuid nodev noexec noatime",
-        "mounts: others",
-        "what is mounted in a volume on the host is a part of it in the pod's share, whatever the bind asks for",
-    ),
-    wrong(
-        &[Bulkhead],
-        "mounts: bind unbindable",
-        "mounts: /mnt/unbindable: below",
-        "what is mounted in a volume on the host is a part of it in the pod's share, whatever the bind asks for",
-    ),
-    wrong(
-        &[Bulkhead],
-        "mounts: bind unbindable",
-        "mounts: others",
-        "what is mounted in a volume on the host is a part of it in the pod's share, whatever the bind asks for",
-    ),
-    wrong(
-        &[Bulkhead],
-        "mounts: bind nosymfollow",
-        "mounts: /mnt/bind-links: below",
-        "what is mounted in a volume on the host is a part of it in the pod's share, whatever the bind asks for",
-    ),
-    wrong(
-        &[Bulkhead],
-        "mounts: bind nosymfollow",
-        "mounts: others",
-        "what is mounted in a volume on the host is a part of it in the pod's share, whatever the bind asks for",
-    ),
-    refused(
-        &[Bulkhead],
-        "process.scheduler: a flag",
-        "unknown variant `SCHED_FLAG_RESET_ON_FORK`",
-        "the library that reads the configuration spells two of the flags otherwise than the specification",
-    ),
     refused(
         &[Bulkhead],
         "mounts: idmap",
@@ -181,21 +127,9 @@ pub const KNOWN: &[Known] = &[
     ),
     refused(
         &[Bulkhead],
-        "mounts: tmpfs tmpcopyup",
-        "tmpcopyup is not supported yet",
-        "an option of runc alone, not in the specification",
-    ),
-    refused(
-        &[Bulkhead],
         "mounts: overlay",
         "file system type \"overlay\" is not supported in the guest",
         "its layers would be the host's paths: an overlay is mounted on the host and bound",
-    ),
-    refused(
-        &[Bulkhead],
-        "mounts: remount",
-        "remount is not supported yet",
-        "there is nothing in the new root yet that a remount could be meant for",
     ),
     refused(
         BOTH,
@@ -220,12 +154,6 @@ pub const KNOWN: &[Known] = &[
         "hooks.createContainer",
         "hooks.createContainer",
         "its program is the host's, its namespaces are the guest's",
-    ),
-    refused(
-        &[Bulkhead],
-        "hooks.startContainer",
-        "hooks.startContainer",
-        "not supported yet",
     ),
     refused(
         &[Bulkhead],
@@ -301,21 +229,9 @@ pub const KNOWN: &[Known] = &[
     ),
     refused(
         &[Bulkhead],
-        "linux.resources.memory.checkBeforeUpdate",
-        "linux.resources.memory.checkBeforeUpdate",
-        "cgroup version 2 has no such setting; runc drops it silently",
-    ),
-    refused(
-        &[Bulkhead],
         "linux.resources.cpu.realtimeRuntime",
         "linux.resources.cpu.realtimeRuntime",
         "cgroup version 2 has no real-time limits",
-    ),
-    refused(
-        &[Bulkhead],
-        "linux.resources.blockIO.weight",
-        "linux.resources.blockIO",
-        "the container's files are not on a block device of the guest",
     ),
     refused(
         &[Bulkhead],

@@ -57,7 +57,7 @@ fn detached(lab: &Lab) -> Result<()> {
          echo in $(nerdctl exec athand cat /copied); [ -e /copied ] && echo on the host
          nerdctl exec athand sh -c 'echo back >/made'; nerdctl cp athand:/made /tmp/made; echo out $(cat /tmp/made)
          nerdctl exec athand sh -c 'cd /sys/fs/cgroup; echo limits $(cat cpu.max memory.max)'
-         nerdctl exec athand sh -c 'mmap-write /mapped 65536 >/told & until [ -s /told ]; do :; done'
+         nerdctl exec athand sh -c 'mmap-write /mapped 65536 >/told 2>&1 </dev/null & until [ -s /told ]; do :; done'
          nerdctl commit athand committed >/dev/null",
     )?;
     let wanted =
@@ -86,7 +86,7 @@ fn file_volume(lab: &Lab) -> Result<()> {
 fn privileged(lab: &Lab) -> Result<()> {
     let shown = lab.succeed(&format!(
         "nerdctl run --rm --pull never --privileged --runtime {BULKHEAD} {IMAGE} \\
-             sh -c 'mount -t tmpfs x /mnt && echo mounted; ls /dev | grep -E \"^(vd|sd|nvme|kvm)\"; ls /sys/block'"
+             sh -c 'mkdir -p /mnt; mount -t tmpfs x /mnt && echo mounted; ls /dev /sys/block | grep -E \"^(vd|sd|nvme|kvm)\"; true'"
     ))?;
     ensure!(shown == "mounted", "{shown}");
     Ok(())

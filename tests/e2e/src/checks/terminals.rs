@@ -11,7 +11,7 @@ use crate::lab::{BULKHEAD, IMAGE, Lab};
 /// See the names.
 pub const CHECKS: &[Check] = &[
     ("terminal_of_nerdctl_run_follows_its_size", resized),
-    ("detached_terminal_logs_its_prompt", detached),
+    ("detached_terminal_logs_what_it_shows", detached),
     ("init_of_nerdctl_is_pid_1", init),
     ("stop_kills_what_ignores_it_with_137", stop),
     ("restart_of_containerd_leaves_the_task_running", restart),
@@ -102,13 +102,13 @@ fn detached(lab: &Lab) -> Result<()> {
     let shown = leaving_nothing(
         lab,
         &format!(
-            "{} -dt --name prompt {IMAGE} sh >/dev/null
-             until nerdctl logs prompt | grep -F '/ #'; do read -rt 0.1 <> <(:); done
-             nerdctl rm -f prompt >/dev/null",
+            "{} -dt --name shown {IMAGE} sh -c 'tty; exec sleep 999' >/dev/null
+             until nerdctl logs shown | grep '^/dev/'; do read -rt 0.1 <> <(:); done
+             nerdctl rm -f shown >/dev/null",
             nerdctl_run()
         ),
     )?;
-    ensure!(shown.contains("/ #"), "{shown}");
+    ensure!(shown.contains("/dev/pts/0"), "{shown}");
     Ok(())
 }
 
