@@ -3,16 +3,15 @@
 
 use std::{
     collections::BTreeSet,
-    ffi::OsString,
     fs::{self, File},
     io,
-    os::unix::ffi::OsStringExt,
     path::{Path, PathBuf},
     sync::mpsc,
     thread,
     time::Duration,
 };
 
+use agent_container::mountinfo::{self, Mount};
 use agent_protocol::{POD_DIR, REMOTE_DIR, SHARE_DIR, api::CreatePodRequest};
 use nix::{
     errno::Errno,
@@ -273,47 +272,18 @@ fn mounts_of(mounts: &[PathBuf], places: &[&Path]) -> BTreeSet<PathBuf> {
 
 /// The agent's mounts at or below a directory, outermost first.
 fn mounts_below(directory: &Path) -> Result<Vec<PathBuf>, PodError> {
-    let table = fs::read("/proc/self/mountinfo").map_err(|source| PodError::WriteBack {
+    let mounts = mountinfo::read().map_err(|source| PodError::WriteBack {
         path: directory.into(),
         source,
     })?;
-    Ok(parse_mounts_below(&table, directory))
+    Ok(points_below(mounts, directory))
 }
 
-/// Mount points are the fifth field of `proc_pid_mountinfo(5)`. Below a volume
-/// their names are the host's, and may be any bytes.
-fn parse_mounts_below(table: &[u8], directory: &Path) -> Vec<PathBuf> {
-    let points = table
-        .split(|byte| *byte == b'\n')
-        .filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
+fn points_below(mounts: Vec<Mount>, directory: &Path) -> Vec<PathBuf> {
+    let points = mounts.into_iter().map(|mount| mount.point);
     points
-        .map(|point| PathBuf::from(OsString::from_vec(unescape(point))))
         .filter(|point| point.starts_with(directory))
         .collect()
-}
-
-/// Undoes the escapes of mountinfo: a backslash and three octal digits.
-fn unescape(mut text: &[u8]) -> Vec<u8> {
-    let mut plain = Vec::with_capacity(text.len());
-    loop {
-        match text {
-            [
-                b'\\',
-                a @ b'0'..=b'3',
-                b @ b'0'..=b'7',
-                c @ b'0'..=b'7',
-                rest @ ..,
-            ] => {
-                plain.push((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'));
-                text = rest;
-            }
-            [byte, rest @ ..] => {
-                plain.push(*byte);
-                text = rest;
-            }
-            [] => return plain,
-        }
-    }
 }
 
 #[cfg(test)]
@@ -321,21 +291,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parse_mounts_below_takes_the_directory_and_what_is_in_it() {
+    fn points_below_takes_the_directory_and_what_is_in_it() {
         let table = b"22 1 0:20 / / rw - tmpfs root rw\n\
                      30 22 0:31 / /run/bulkhead/share rw - virtiofs share rw\n\
                      31 30 0:32 / /run/bulkhead/share/volumes/0 rw - virtiofs share rw\n\
                      32 22 0:33 / /run/bulkhead/shared rw - tmpfs other rw\n";
-        let below = parse_mounts_below(table, Path::new("/run/bulkhead/share"));
+        let below = points_below(mountinfo::parse(table), Path::new("/run/bulkhead/share"));
         let wanted = ["/run/bulkhead/share", "/run/bulkhead/share/volumes/0"];
         assert_eq!(below, wanted.map(PathBuf::from));
-    }
-
-    #[test]
-    fn parse_mounts_below_undoes_escapes() {
-        let table = b"31 30 0:32 / /share/with\\040space\\134040 rw - virtiofs share rw\n";
-        let below = parse_mounts_below(table, Path::new("/share"));
-        assert_eq!(below, [PathBuf::from("/share/with space\\040")]);
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub fn print(output: &mut impl Write) -> io::Result<()> {
 fn features() -> Value {
     json!({
         "ociVersionMin": "1.0.0",
-        "ociVersionMax": "1.2.0",
+        "ociVersionMax": "1.3.0",
         "hooks": ["prestart", "createRuntime", "startContainer", "poststart", "poststop"],
         // The words that agent/container/src/rootfs/options.rs knows.
         "mountOptions": [
@@ -48,7 +48,7 @@ fn features() -> Value {
             "strictatime", "suid", "symfollow", "tmpcopyup", "unbindable",
         ],
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "uts"],
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
             "cgroup": {"v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false},
             "seccomp": {"enabled": true},
             "apparmor": {"enabled": false},
@@ -70,6 +70,6 @@ mod tests {
         assert_eq!(info.name, RUNTIME_NAME);
         let features: oci_spec::runtime::Features =
             serde_json::from_slice(&info.features.value).expect("is the features structure");
-        assert_eq!(features.oci_version_max(), "1.2.0");
+        assert_eq!(features.oci_version_max(), "1.3.0");
     }
 }

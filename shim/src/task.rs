@@ -194,6 +194,7 @@ impl Lifecycle {
         match self.phase {
             Phase::Created | Phase::Starting | Phase::Running | Phase::Paused => Ok(()),
             Phase::Stopped => Err(WrongState::Finished),
+            Phase::Deleting if self.exit.is_some() => Err(WrongState::Finished),
             Phase::Deleting => Err(WrongState::Deleting),
         }
     }
@@ -325,6 +326,8 @@ mod tests {
         assert_eq!(task.check_signal(), Err(WrongState::Finished));
         assert_eq!(task.begin_delete(), Ok(()));
         assert_eq!(task.begin_delete(), Err(WrongState::Deleting));
+        // Clients forward signals until they hear of the end.
+        assert_eq!(task.check_signal(), Err(WrongState::Finished));
         task.delete_failed();
         assert_eq!(task.begin_delete(), Ok(()));
     }

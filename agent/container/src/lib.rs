@@ -31,6 +31,7 @@ mod init;
 mod joined;
 mod kernel_calls;
 mod launch;
+pub mod mountinfo;
 mod namespaces;
 mod outside;
 mod process;

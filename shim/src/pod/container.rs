@@ -379,7 +379,7 @@ impl Container {
         match self.behind {
             Behind::Guest { .. } => self.init.signal(pod, signal, all).await,
             Behind::Pause => {
-                self.init.life().check_signal()?;
+                self.init.check_signal()?;
                 // As pause does it: it leaves on SIGTERM and SIGINT, and as an
                 // init it is deaf to what it has no handler for.
                 let status = match signal {

@@ -410,13 +410,18 @@ impl Process {
         Ok(())
     }
 
+    /// Whether it could get a signal.
+    pub fn check_signal(&self) -> Result<(), WrongState> {
+        if self.is_init() {
+            self.life().check_signal()
+        } else {
+            self.life().check_exec_signal()
+        }
+    }
+
     /// Sends it a signal; to `all` of its container, if it is the init.
     pub async fn signal(&self, pod: &Pod, signal: u32, all: bool) -> Result<(), CallError> {
-        if self.is_init() {
-            self.life().check_signal()?;
-        } else {
-            self.life().check_exec_signal()?;
-        }
+        self.check_signal()?;
         // As kill(2): whether it could get a signal, and no more.
         if signal == 0 {
             return Ok(());

@@ -323,6 +323,8 @@ impl Shim {
                 reason: format!("there is none above {SIGNAL_MAX}"),
             });
         }
+        // Before the pod is asked for, which may have gone with the process.
+        process.check_signal().map_err(Error::State)?;
         let pod = self.running_pod().await?;
         if process.is_init() {
             let container = &task.container;

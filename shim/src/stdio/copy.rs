@@ -9,7 +9,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::{Error, Target, open_error};
 use crate::task::Exit;
@@ -108,7 +108,7 @@ pub async fn output(
         if let Some(open) = &mut sink
             && let Err(error) = open.write_all(&buffer[..length]).await
         {
-            debug!("output is no longer read: {error}");
+            warn!("nobody reads the output any more, it is dropped from now on: {error}");
             sink = None;
         }
     }

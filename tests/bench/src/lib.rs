@@ -3,6 +3,7 @@
 
 pub mod bare_kvm;
 pub mod monitor;
+pub mod running;
 pub mod timed;
 
 use std::{fmt, time::Duration};

@@ -1,7 +1,7 @@
 //! Runs the checks in as many nodes as `--test-threads` says, and fails also
 //! when a node's own kernel complained.
 
-use std::{env, process::ExitCode, sync::Arc};
+use std::{env, process::ExitCode, sync::Arc, time::Instant};
 
 use anyhow::Result;
 use bulkhead_e2e::{checks, labs::Labs, stand_ins};
@@ -37,17 +37,30 @@ fn trials(labs: Option<&Arc<Labs>>) -> Vec<Trial> {
     all.map(|(name, check)| {
         let held = labs.cloned();
         let trial = Trial::test(*name, move || match held {
-            Some(labs) => labs
-                .with(|lab| {
+            Some(labs) => told(name, || {
+                labs.with(|lab| {
                     check(lab)?;
                     stand_ins::expect_no_other(lab)
                 })
-                .map_err(|error| Failed::from(format!("{error:#}"))),
+            }),
             None => Err("no node".into()),
         });
         trial.with_ignored_flag(is_skipped(name))
     })
     .collect()
+}
+
+/// Says at once how long a check took and why it failed: a run that is stopped
+/// half-way would not.
+fn told(name: &str, check: impl FnOnce() -> Result<()>) -> Result<(), Failed> {
+    let started = Instant::now();
+    let result = check().map_err(|error| format!("{error:#}"));
+    let seconds = started.elapsed().as_secs_f32();
+    match &result {
+        Ok(()) => println!("  {name}: {seconds:.1} s"),
+        Err(error) => println!("  {name} failed after {seconds:.1} s: {error}"),
+    }
+    result.map_err(Failed::from)
 }
 
 fn is_skipped(name: &str) -> bool {

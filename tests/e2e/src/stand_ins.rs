@@ -9,11 +9,15 @@ use crate::lab::Lab;
 /// each restart of containerd. A pid that is gone already tells nothing.
 const WATCHER: &str = r#"
 mkdir -p /tmp/stand-ins
-: >/tmp/stand-ins/seen; : >/tmp/stand-ins/wrong
+: >/tmp/stand-ins/seen; : >/tmp/stand-ins/wrong; : >/tmp/stand-ins/runc
 setsid bash -c '
     while :; do
         # Date, time, zone, zone again, namespace, topic, event.
         ctr events 2>/dev/null | while read -r _ _ _ _ namespace topic event; do
+            # What a check compares with: of runc, whose pids are no stand-ins.
+            if [ $topic = /containers/create ] && grep -q "\"io.containerd.runc.v2\"" <<<"$event"; then
+                echo "$namespace/$(grep -o "\"id\":\"[^\"]*" <<<"$event" | head -n 1 | cut -d\" -f4)" >>/tmp/stand-ins/runc
+            fi
             case $topic in /tasks/create | /tasks/start | /tasks/exec-started) ;; *) continue ;; esac
             pid=$(grep -o "\"pid\":[0-9]*" <<<"$event" | cut -d: -f2)
             if [ "${pid:-0}" = 0 ]; then
@@ -23,7 +27,10 @@ setsid bash -c '
             program=$(readlink /proc/$pid/exe) || continue
             case $program in
                 /memfd:bulkhead-stand-in*) echo $pid >>/tmp/stand-ins/seen ;;
-                *) echo "$namespace $topic: $pid is $program: $event" >>/tmp/stand-ins/wrong ;;
+                *)
+                    id=$(grep -o "\"container_id\":\"[^\"]*" <<<"$event" | cut -d\" -f4)
+                    grep -qxF "$namespace/$id" /tmp/stand-ins/runc && continue
+                    echo "$namespace $topic: $pid is $program: $event" >>/tmp/stand-ins/wrong ;;
             esac
         done
         # A process of its own would look like something left behind.

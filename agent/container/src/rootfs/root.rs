@@ -1,6 +1,5 @@
 //! Attaching the root file system, filling it, and entering it.
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -16,6 +15,7 @@ use oci_spec::runtime::Spec;
 use super::mounts::{self, Dev, Ready};
 use super::{RootfsError, Sources, Tree, devices, masks, options};
 use crate::kernel_calls::{MountAttributes, attach_mount, set_mount_attributes};
+use crate::mountinfo::{self, Mount};
 
 /// The root file system, attached in the container's mount namespace but not yet entered.
 #[derive(Debug)]
@@ -194,48 +194,22 @@ fn detach_mounts_of_initramfs() -> Result<(), RootfsError> {
         step: "list the guest's mounts",
         source,
     };
-    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(failed)?;
-    for target in children_of_root(&mounts) {
-        umount2(target.as_str(), MntFlags::MNT_DETACH)
+    let mounts = mountinfo::read().map_err(failed)?;
+    for mount in children_of_root(&mounts) {
+        umount2(&mount.point, MntFlags::MNT_DETACH)
             .map_err(enter_failed("let go of the guest's mounts"))?;
     }
     Ok(())
 }
 
-/// Mount points below the initial root, last mounted first, but for those on `/`
-/// itself: one of them is the container's root (proc(5), mountinfo: id, parent's
-/// id, device, root, mount point).
-fn children_of_root(mountinfo: &str) -> Vec<String> {
-    let mounts: Vec<(&str, &str, &str)> = mountinfo
-        .lines()
-        .filter_map(|line| {
-            let mut fields = line.split(' ');
-            Some((fields.next()?, fields.next()?, fields.nth(2)?))
-        })
-        .collect();
+/// Mounts below the initial root, last mounted first, but for those on `/`
+/// itself: one of them is the container's root.
+fn children_of_root(mounts: &[Mount]) -> impl Iterator<Item = &Mount> {
     // Only the initial root is its own parent.
-    let initial = mounts.iter().find(|(id, parent, _)| id == parent);
-    mounts
-        .iter()
-        .rev()
-        .filter(|(id, parent, target)| {
-            *target != "/" && initial.is_some_and(|(root, ..)| parent == root && id != root)
-        })
-        .map(|(_, _, target)| unescape(target))
-        .collect()
-}
-
-/// Undoes the octal escapes of mountinfo (space, tab, newline, backslash).
-fn unescape(text: &str) -> String {
-    [
-        ("\\040", " "),
-        ("\\011", "\t"),
-        ("\\012", "\n"),
-        ("\\134", "\\"),
-    ]
-    .iter()
-    .fold(text.to_owned(), |text, (escape, plain)| {
-        text.replace(escape, plain)
+    let initial = mounts.iter().find(|mount| mount.id == mount.parent);
+    mounts.iter().rev().filter(move |mount| {
+        mount.point != Path::new("/")
+            && initial.is_some_and(|root| mount.parent == root.id && mount.id != root.id)
     })
 }
 
@@ -245,14 +219,19 @@ mod tests {
 
     #[test]
     fn children_of_root_leaves_the_stacked_root_and_its_mounts() {
-        let mountinfo = "\
+        let mounts = mountinfo::parse(
+            b"\
 1 1 0:2 / / rw - rootfs rootfs rw
 20 1 0:20 / /proc rw - proc proc rw
 21 1 0:21 / /with\\040space rw - tmpfs t rw
 22 21 0:22 / /with\\040space/below rw - tmpfs t rw
 30 1 0:30 / / rw - virtiofs share rw
 31 30 0:31 / /proc rw - proc proc rw
-";
-        assert_eq!(children_of_root(mountinfo), ["/with space", "/proc"]);
+",
+        );
+        let points: Vec<_> = children_of_root(&mounts)
+            .map(|mount| &mount.point)
+            .collect();
+        assert_eq!(points, [Path::new("/with space"), Path::new("/proc")]);
     }
 }

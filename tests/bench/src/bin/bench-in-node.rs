@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use bulkhead_bench::{Comparison, bare_kvm, monitor, timed};
+use bulkhead_bench::{Comparison, bare_kvm, monitor, running::Running, timed};
 use clap::Parser;
 
 /// Measures inside the node and prints the samples as JSON.
@@ -30,6 +30,9 @@ struct Arguments {
     time_factor: u32,
 }
 
+const RUNC: &str = "io.containerd.runc.v2";
+const BULKHEAD: &str = "io.containerd.bulkhead.v2";
+
 /// A run that takes longer on hardware hangs.
 const LIMIT: Duration = Duration::from_secs(5);
 
@@ -45,6 +48,7 @@ fn main() -> Result<()> {
         first_instruction(&arguments)?,
         exec_to_init(&arguments)?,
         run_true(&arguments)?,
+        exec_true(&arguments)?,
     ];
     println!("{}", serde_json::to_string(&comparisons)?);
     Ok(())
@@ -61,12 +65,25 @@ fn run_true(arguments: &Arguments) -> Result<Comparison> {
             timed::run(command, arguments.limit())
         }
     };
-    let runc = "io.containerd.runc.v2";
-    let ours = "io.containerd.bulkhead.v2";
     Comparison::new("ctr run --rm IMAGE true", "runc", "bulkhead").measure(
         arguments.runs,
-        run(runc),
-        |number| run(ours)(number)?.context("the container did not end in time"),
+        run(RUNC),
+        |number| run(BULKHEAD)(number)?.context("the container did not end in time"),
+    )
+}
+
+/// One more process in a container that runs, from request to end.
+fn exec_true(arguments: &Arguments) -> Result<Comparison> {
+    let runc = Running::start(RUNC, &arguments.image, "bench-exec-runc")?;
+    let ours = Running::start(BULKHEAD, &arguments.image, "bench-exec-bulkhead")?;
+    let limit = arguments.limit();
+    Comparison::new("ctr task exec CONTAINER true", "runc", "bulkhead").measure(
+        arguments.runs,
+        |number| timed::run(runc.exec(number, &["true"]), limit),
+        |number| {
+            timed::run(ours.exec(number, &["true"]), limit)?
+                .context("the process did not end in time")
+        },
     )
 }
 

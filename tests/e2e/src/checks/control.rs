@@ -20,7 +20,7 @@ fn beside(lab: &Lab, id: &str, script: &str) -> Result<String> {
         "ctr run --detach --null-io --runtime {BULKHEAD} {IMAGE} {id} \\
              sh -c 'i=0; while :; do i=$((i+1)); echo $i >/n; sleep 0.1; done'
          root=/proc/$(ctr task ls | awk '$1 == \"{id}\" {{ print $2 }}')/root
-         until [ -s $root/n ]; do read -rt 0.1 <> <(:); done
+         until [ -s $root/n ]; do sleep 0.1; done
          {script}
          {}",
         Lab::remove(id)
@@ -37,7 +37,7 @@ fn pause(lab: &Lab) -> Result<()> {
          was=$(cat $root/n); sleep 2; [ \"$(cat $root/n)\" = \"$was\" ] && echo stands
          ctr task exec --exec-id no paused true 2>/dev/null || echo refused
          ctr task resume paused; ctr task ls | awk '$1 == \"paused\" { print $3 }'
-         until [ \"$(cat $root/n)\" != \"$was\" ]; do read -rt 0.1 <> <(:); done; echo runs
+         until [ \"$(cat $root/n)\" != \"$was\" ]; do sleep 0.1; done; echo runs
          ctr task pause paused",
     )?;
     // It is left paused: a kill must end it all the same.
@@ -85,7 +85,7 @@ fn out_of_memory(lab: &Lab) -> Result<()> {
         "ctr events >/tmp/oom.events & watcher=$!; sleep 1
          ctr run --rm --memory-limit 33554432 --runtime {BULKHEAD} {IMAGE} hungry \\
              sh -c 'x=a; while :; do x=$x$x; done'; echo code $?
-         until grep -q /tasks/delete /tmp/oom.events; do read -rt 0.1 <> <(:); done
+         until grep -q /tasks/delete /tmp/oom.events; do sleep 0.1; done
          kill $watcher
          grep hungry /tmp/oom.events | grep -o '/tasks/[a-z]*'"
     ))?;

@@ -51,9 +51,6 @@ pub const ALL: &[&[Check]] = &[
 /// Checks that an ordinary run leaves out, each with its reason; `make soak`
 /// runs them.
 pub const SKIPPED: &[(&str, &str)] = &[
-    ("restart_of_containerd_leaves_the_task_running", FAILED),
-    ("exit_code_on_containerd_1_6", FAILED),
-    ("output_rate_beside_runc", SLOW),
     ("shim_by_itself_does_as_runcs", NOT_RUN),
     (
         "containers_find_every_oci_field_as_under_runc_or_as_is_known",
@@ -61,6 +58,4 @@ pub const SKIPPED: &[(&str, &str)] = &[
     ),
 ];
 
-const FAILED: &str = "new: has failed in a node, and why is not known yet";
-const SLOW: &str = "0.39 of runc's rate was seen, where at least half is wanted";
 const NOT_RUN: &str = "new: has not been run as a whole in a node yet";

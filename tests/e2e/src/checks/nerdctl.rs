@@ -49,7 +49,7 @@ fn detached(lab: &Lab) -> Result<()> {
         lab,
         "athand",
         &format!("--cpus 1 -m 128m {IMAGE} sh -c 'echo told; exec sleep 999'"),
-        "until nerdctl logs athand | grep -q .; do read -rt 0.1 <> <(:); done
+        "until nerdctl logs athand | grep -q .; do sleep 0.1; done
          echo logs $(nerdctl logs athand)
          echo top $(nerdctl top athand | tail -n +2 | wc -l) $(nerdctl top athand | grep -c 'bulkhead-vmm\\|virtiofsd\\|containerd$')
          pid=$(nerdctl inspect -f '{{.State.Pid}}' athand); [ -d /proc/$pid ] && echo inspect alive
@@ -101,7 +101,7 @@ fn clock_step(lab: &Lab) -> Result<()> {
          apart() {{ ask; echo $((${{shown%.*}} - EPOCHSECONDS)); }}
          follow() {{
              since=${{EPOCHREALTIME/./}}
-             until apart=$(apart); [ ${{apart#-}} -le 1 ]; do read -rt 0.05 <> <(:); done
+             until apart=$(apart); [ ${{apart#-}} -le 1 ]; do sleep 0.05; done
              echo $(((${{EPOCHREALTIME/./}} - since) / 1000))
          }}
          ask
@@ -135,7 +135,7 @@ fn upgrade(lab: &Lab) -> Result<()> {
              [ $was != $({inode}) ] && echo replaced
              nerdctl exec upgraded echo runs
              lines=$(nerdctl logs upgraded | wc -l)
-             until [ $(nerdctl logs upgraded | wc -l) -gt $lines ]; do read -rt 0.2 <> <(:); done; echo logs
+             until [ $(nerdctl logs upgraded | wc -l) -gt $lines ]; do sleep 0.2; done; echo logs
              nerdctl run --rm --pull never --runtime {BULKHEAD} {IMAGE} echo new"
         ),
     )?;

@@ -148,7 +148,8 @@ fn user_namespace(lab: &Lab) -> Result<()> {
          echo host=$(cat /proc/sys/kernel/hostname)
          echo port=$(cat /proc/sys/net/ipv4/ip_unprivileged_port_start)
          echo stdout=$(echo x >/dev/stderr 2>&1 && echo opens)
-         echo node=$(mknod /made/n c 1 5 2>/dev/null || echo denied)",
+         echo node=$(mknod /made/n c 1 5 2>/dev/null || echo denied)
+         echo cgroup=$(mkdir /sys/fs/cgroup/below && echo made)",
     )?;
     let maps = json!([{"containerID": 0, "hostID": BASE, "size": 65536}]);
     let linux = &mut spec["linux"];
@@ -157,6 +158,10 @@ fn user_namespace(lab: &Lab) -> Result<()> {
     linux["sysctl"] = json!({"net.ipv4.ip_unprivileged_port_start": "17"});
     let namespaces = linux["namespaces"].as_array_mut().context("namespaces")?;
     namespaces.push(json!({"type": "user"}));
+    // What a cgroup needs to be the container's own to divide.
+    if !namespaces.contains(&json!({"type": "cgroup"})) {
+        namespaces.push(json!({"type": "cgroup"}));
+    }
     spec["hostname"] = json!("mapped");
     let mounts = spec["mounts"].as_array_mut().context("mounts")?;
     mounts.push(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup"}));
@@ -172,6 +177,7 @@ fn user_namespace(lab: &Lab) -> Result<()> {
         ("port", "17"),
         ("stdout", "opens"),
         ("node", "denied"),
+        ("cgroup", "made"),
     ] {
         expect(&found, name, wanted)?;
     }

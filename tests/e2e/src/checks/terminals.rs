@@ -103,7 +103,7 @@ fn detached(lab: &Lab) -> Result<()> {
         lab,
         &format!(
             "{} -dt --name shown {IMAGE} sh -c 'tty; exec sleep 999' >/dev/null
-             until nerdctl logs shown | grep '^/dev/'; do read -rt 0.1 <> <(:); done
+             until nerdctl logs shown | grep '^/dev/'; do sleep 0.1; done
              nerdctl rm -f shown >/dev/null",
             nerdctl_run()
         ),
@@ -138,7 +138,7 @@ fn stop(lab: &Lab) -> Result<()> {
         lab,
         &format!(
             "{} -d --name deaf {IMAGE} sh -c \"trap 'echo told' TERM; echo ready; while :; do sleep 1; done\" >/dev/null
-             until nerdctl logs deaf | grep -q ready; do read -rt 0.1 <> <(:); done
+             until nerdctl logs deaf | grep -q ready; do sleep 0.1; done
              nerdctl stop -t 2 deaf >/dev/null
              nerdctl logs deaf | tail -n 1
              nerdctl inspect -f '{{{{.State.ExitCode}}}}' deaf
@@ -150,24 +150,25 @@ fn stop(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// The task stays, and so do its log and what one may do with it.
+/// The task stays, and so do its log and what one may do with it. Its log is a
+/// file here: nerdctl's own logging program ends with its connection to
+/// containerd, under any runtime.
 fn restart(lab: &Lab) -> Result<()> {
-    let shown = leaving_nothing(
-        lab,
-        &format!(
-            "{} -d --name lasting {IMAGE} sh -c 'i=0; while :; do i=$((i+1)); echo line $i; sleep 0.2; done' >/dev/null
-             id=$(nerdctl ps -q --no-trunc --filter name=lasting)
-             until nerdctl logs lasting | grep -q 'line 3$'; do read -rt 0.1 <> <(:); done
-             containerd-use restart >/dev/null
-             ctr task ls | awk -v id=$id '$1 == id {{ print $3 }}'
-             ctr task exec --exec-id after $id sh -c 'exit 11'; echo code $?
-             last=$(nerdctl logs lasting | tail -n 1)
-             until [ \"$(nerdctl logs lasting | tail -n 1)\" != \"$last\" ]; do read -rt 0.1 <> <(:); done
-             nerdctl logs lasting | awk '$2 != NR {{ print \"line \" NR \" is lost\"; exit }}'
-             nerdctl rm -f lasting >/dev/null",
-            nerdctl_run()
-        ),
-    )?;
+    let before = lab.resources()?;
+    let shown = lab.succeed(&format!(
+        "log=/tmp/lasting.log; rm -f $log
+         ctr run --detach --log-uri file://$log --runtime {BULKHEAD} {IMAGE} lasting \\
+             sh -c 'i=0; while :; do i=$((i+1)); echo line $i; sleep 0.2; done'
+         until grep -q 'line 3$' $log; do sleep 0.1; done
+         containerd-use restart >/dev/null
+         last=$(wc -l <$log)
+         ctr task ls | awk '$1 == \"lasting\" {{ print $3 }}'
+         ctr task exec --exec-id after lasting sh -c 'exit 11'; echo code $?
+         until [ $(wc -l <$log) -gt $((last + 3)) ]; do sleep 0.1; done
+         awk '$2 != NR {{ print \"line \" NR \" is lost\"; exit }}' $log
+         {}",
+        Lab::remove("lasting")
+    ))?;
     ensure!(shown == "RUNNING\ncode 11", "{shown}");
-    Ok(())
+    lab.expect_nothing_left(&before)
 }

@@ -41,7 +41,7 @@ pub const VARIATIONS: &[Variation] = &[
     }),
     // Made if it is missing, for which the root must be writable.
     any("process.cwd", "root", |spec, _| {
-        put(spec, "process/cwd", json!("/work/deep"));
+        put(spec, "process/cwd", json!("/made/deep"));
     }),
     any("process.terminal", "terminal", |spec, _| {
         put(spec, "process/terminal", json!(true));
