@@ -21,7 +21,7 @@ use std::{
     env,
     fs::File,
     io,
-    os::fd::RawFd,
+    os::fd::{AsFd, RawFd},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -42,7 +42,10 @@ use ttrpc::{
     r#async::{Server, transport::Listener},
 };
 
-use crate::{containers::Containers, reaper::Reaper, service::Service, stdio::StreamTable};
+use crate::{
+    containers::Containers, nonblocking::NonBlocking, reaper::Reaper, service::Service,
+    stdio::StreamTable,
+};
 
 /// Ten years: a thread of the pool that has ended may not be had again.
 const FOR_EVER: Duration = Duration::from_hours(10 * 365 * 24);
@@ -126,6 +129,14 @@ fn listen(port: u32) -> Result<VsockListener> {
         .with_context(|| format!("cannot listen on vsock port {port}"))
 }
 
+async fn serve_stream(table: Arc<StreamTable>, connection: VsockStream) -> io::Result<()> {
+    let descriptor = connection.as_fd().try_clone_to_owned()?;
+    // Watched once, by what splices.
+    drop(connection);
+    let connection = NonBlocking::try_new(descriptor).map_err(|(_, error)| error)?;
+    streams::serve(table, connection).await
+}
+
 async fn serve_streams(listener: VsockListener, table: Arc<StreamTable>) {
     loop {
         match listener.accept().await {
@@ -135,7 +146,7 @@ async fn serve_streams(listener: VsockListener, table: Arc<StreamTable>) {
             Ok((connection, _)) => {
                 let table = Arc::clone(&table);
                 tokio::spawn(async move {
-                    if let Err(error) = streams::serve(table, connection).await {
+                    if let Err(error) = serve_stream(table, connection).await {
                         tracing::warn!(%error, "stream ended");
                     }
                 });

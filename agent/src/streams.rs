@@ -9,40 +9,35 @@ use agent_protocol::{
     decode_stream_header,
 };
 use nix::errno::Errno;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::{
     nonblocking::NonBlocking,
     stdio::{End, StreamKey, StreamTable},
 };
 
-/// Bytes that one direction of one stream holds at the most: a pipe's default
-/// capacity, so that one read empties a full pipe.
+/// Bytes that are read from a terminal at once.
 const BUFFER_BYTES: usize = 64 * 1024;
 
 /// Serves one connection to the stream port until either side ends.
 ///
 /// # Errors
 /// When the peer breaks the contract or the connection breaks.
-pub async fn serve<S>(table: Arc<StreamTable>, mut connection: S) -> io::Result<()>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
-    let key = match read_header(&mut connection).await {
+pub async fn serve(table: Arc<StreamTable>, connection: NonBlocking) -> io::Result<()> {
+    let key = match read_header(&connection).await {
         Ok(key) => key,
         Err(error) => {
-            connection.write_all(&[STREAM_REFUSED]).await?;
+            connection.write(&[STREAM_REFUSED]).await?;
             return Err(error);
         }
     };
     let end = match table.take(&key) {
         Ok(end) => end,
         Err(refusal) => {
-            connection.write_all(&[STREAM_REFUSED]).await?;
+            connection.write(&[STREAM_REFUSED]).await?;
             return Err(io::Error::other(refusal));
         }
     };
-    match relay(&key, connection, end).await {
+    match relay(&key, &connection, end).await {
         Relayed::Done => table.close(&key),
         Relayed::ConnectionLost(end) => table.put_back(&key, end),
         Relayed::Unusable(end, error) => {
@@ -53,9 +48,11 @@ where
     Ok(())
 }
 
-async fn read_header<S: AsyncRead + Unpin>(connection: &mut S) -> io::Result<StreamKey> {
+async fn read_header(connection: &NonBlocking) -> io::Result<StreamKey> {
     let invalid = |message: &str| io::Error::new(io::ErrorKind::InvalidData, message.to_owned());
-    let length = usize::from(connection.read_u16().await?);
+    let mut length = [0; 2];
+    connection.read_exact(&mut length).await?;
+    let length = usize::from(u16::from_be_bytes(length));
     if length > MAX_STREAM_HEADER_BYTES {
         return Err(invalid("stream header is too long"));
     }
@@ -78,21 +75,18 @@ enum Relayed {
     Unusable(End, io::Error),
 }
 
-async fn relay<S>(key: &StreamKey, mut connection: S, end: End) -> Relayed
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
+async fn relay(key: &StreamKey, connection: &NonBlocking, end: End) -> Relayed {
     let End {
         descriptor,
         mut unsent,
     } = end;
-    let mut end = match NonBlocking::try_new(descriptor) {
+    let end = match NonBlocking::try_new(descriptor) {
         Ok(end) => end,
         Err((descriptor, error)) => return Relayed::Unusable(End { descriptor, unsent }, error),
     };
-    let relayed = match connection.write_all(&[STREAM_ACCEPTED]).await {
-        Ok(()) if key.kind() == Kind::STDIN => relay_input(connection, &mut end, &mut unsent).await,
-        Ok(()) => relay_output(connection, &mut end, &mut unsent).await,
+    let relayed = match connection.write(&[STREAM_ACCEPTED]).await {
+        Ok(_) if key.kind() == Kind::STDIN => relay_input(connection, &end, &mut unsent).await,
+        Ok(_) => relay_output(connection, &end, &mut unsent).await,
         Err(error) => Err(error),
     };
     if relayed.is_ok() {
@@ -106,47 +100,47 @@ where
 }
 
 /// Returns when the process has closed its end and the host was told so.
-async fn relay_output<S>(
-    connection: S,
-    end: &mut NonBlocking,
+async fn relay_output(
+    connection: &NonBlocking,
+    end: &NonBlocking,
     unsent: &mut Vec<u8>,
-) -> io::Result<()>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
-    let (mut from_host, mut to_host) = tokio::io::split(connection);
+) -> io::Result<()> {
     // The host sends nothing here, so whatever can be read is its leaving.
     let mut nothing = [0; 1];
     tokio::select! {
-        copied = copy(end, &mut to_host, unsent) => copied?,
-        _ = from_host.read(&mut nothing) => return Err(io::ErrorKind::ConnectionReset.into()),
+        moved = move_all(end, connection, unsent) => moved?,
+        _ = connection.read(&mut nothing) => return Err(io::ErrorKind::ConnectionReset.into()),
     }
-    to_host.shutdown().await
+    connection.end_writing()
 }
 
 /// Returns when the host has closed the input, or the process its end.
-async fn relay_input<S>(
-    mut connection: S,
-    end: &mut NonBlocking,
+async fn relay_input(
+    connection: &NonBlocking,
+    end: &NonBlocking,
     unsent: &mut Vec<u8>,
-) -> io::Result<()>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
-    match copy(&mut connection, end, unsent).await {
+) -> io::Result<()> {
+    match move_all(connection, end, unsent).await {
         // There is nobody left to read.
         Err(error) if error.raw_os_error() == Some(Errno::EPIPE as i32) => Ok(()),
         result => result,
     }
 }
 
+/// Moves everything until the end of `from`: in the kernel, unless the process
+/// is at a terminal.
+async fn move_all(from: &NonBlocking, to: &NonBlocking, unsent: &mut Vec<u8>) -> io::Result<()> {
+    if from.is_pipe() || to.is_pipe() {
+        from.splice_to(to).await
+    } else {
+        copy(from, to, unsent).await
+    }
+}
+
 /// Copies until the end of `from`. What was read and not yet written is in
 /// `unsent` at all times, also when this is dropped half-way.
-async fn copy(
-    from: &mut (impl AsyncRead + Unpin),
-    to: &mut (impl AsyncWrite + Unpin),
-    unsent: &mut Vec<u8>,
-) -> io::Result<()> {
+async fn copy(from: &NonBlocking, to: &NonBlocking, unsent: &mut Vec<u8>) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER_BYTES];
     loop {
         while !unsent.is_empty() {
             let written = to.write(unsent).await?;
@@ -155,10 +149,11 @@ async fn copy(
             }
             unsent.drain(..written);
         }
-        unsent.reserve(BUFFER_BYTES);
-        if from.read_buf(unsent).await? == 0 {
+        let length = from.read(&mut buffer).await?;
+        if length == 0 {
             return Ok(());
         }
+        unsent.extend_from_slice(&buffer[..length]);
     }
 }
 
@@ -173,11 +168,13 @@ mod tests {
     use std::{
         fs::File,
         io::{Read, Write},
-        os::fd::OwnedFd,
-        pin::Pin,
-        task::{Context, Poll},
+        os::{fd::OwnedFd, unix::net},
     };
-    use tokio::{net::UnixStream, task::JoinHandle};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::UnixStream,
+        task::JoinHandle,
+    };
 
     fn process() -> ProcessId {
         ProcessId {
@@ -194,11 +191,22 @@ mod tests {
         }
     }
 
+    /// The host's end and the agent's.
+    fn connection() -> (UnixStream, NonBlocking) {
+        let (host, guest) = net::UnixStream::pair().expect("socket pair");
+        host.set_nonblocking(true).expect("non-blocking");
+        let host = UnixStream::from_std(host).expect("is watched");
+        (
+            host,
+            NonBlocking::try_new(guest.into()).expect("is watched"),
+        )
+    }
+
     async fn connect(
         table: &Arc<StreamTable>,
         kind: Kind,
     ) -> (UnixStream, u8, JoinHandle<io::Result<()>>) {
-        let (mut host, guest) = UnixStream::pair().expect("socket pair");
+        let (mut host, guest) = connection();
         let served = tokio::spawn(serve(Arc::clone(table), guest));
         let bytes = encode_stream_header(&header(kind)).expect("encodes");
         host.write_all(&bytes).await.expect("header");
@@ -260,42 +268,14 @@ mod tests {
         assert_eq!(received, "later");
     }
 
-    /// Takes the header, then breaks.
-    struct Broken(&'static [u8]);
-
-    impl AsyncRead for Broken {
-        fn poll_read(
-            mut self: Pin<&mut Self>,
-            context: &mut Context<'_>,
-            buffer: &mut tokio::io::ReadBuf<'_>,
-        ) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.0).poll_read(context, buffer)
-        }
-    }
-
-    impl AsyncWrite for Broken {
-        fn poll_write(
-            self: Pin<&mut Self>,
-            _: &mut Context<'_>,
-            _: &[u8],
-        ) -> Poll<io::Result<usize>> {
-            Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()))
-        }
-
-        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Poll::Ready(Ok(()))
-        }
-
-        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Poll::Ready(Ok(()))
-        }
-    }
-
     #[tokio::test]
     async fn serve_connection_that_breaks_before_the_answer_leaves_the_stream_free() {
         let (table, [_, stdout, _]) = offer(false, true);
         let bytes = encode_stream_header(&header(Kind::STDOUT)).expect("encodes");
-        let served = serve(Arc::clone(&table), Broken(bytes.leak())).await;
+        let (mut host, guest) = connection();
+        host.write_all(&bytes).await.expect("header");
+        drop(host);
+        let served = serve(Arc::clone(&table), guest).await;
         served.expect("a lost connection is no error");
         let (mut host, answer, _) = connect(&table, Kind::STDOUT).await;
         assert_eq!(answer, STREAM_ACCEPTED);
@@ -310,7 +290,9 @@ mod tests {
         let file = tempfile::tempfile().expect("file").into();
         table.insert(&process(), vec![(Kind::STDOUT, file)]);
         let bytes = encode_stream_header(&header(Kind::STDOUT)).expect("encodes");
-        let served = serve(Arc::clone(&table), Broken(bytes.leak())).await;
+        let (mut host, guest) = connection();
+        host.write_all(&bytes).await.expect("header");
+        let served = serve(Arc::clone(&table), guest).await;
         assert!(served.is_err());
         assert!(
             table
@@ -319,13 +301,14 @@ mod tests {
         );
     }
 
-    #[tokio::test]
-    async fn serve_what_a_broken_connection_did_not_take_goes_to_the_next() {
-        let (table, [_, stdout, _]) = offer(false, true);
-        // More than the socket and the buffer hold, so that some is in the agent.
+    /// `end` is offered as the output of a process that writes to `process`.
+    async fn broken_connection_loses_nothing(end: OwnedFd, process_end: OwnedFd) {
+        let table = Arc::new(StreamTable::default());
+        table.insert(&process(), vec![(Kind::STDOUT, end)]);
+        // More than the sockets and the buffer hold, so that some is in the agent.
         let sent: Vec<u8> = (0..3_000_000u32).map(|index| index as u8).collect();
         let expected = sent.clone();
-        let writer = std::thread::spawn(move || File::from(stdout).write_all(&sent));
+        let writer = std::thread::spawn(move || File::from(process_end).write_all(&sent));
         let (mut host, _, served) = connect(&table, Kind::STDOUT).await;
         let mut received = vec![0; 100_000];
         host.read_exact(&mut received).await.expect("reads");
@@ -339,6 +322,19 @@ mod tests {
         host.read_to_end(&mut received).await.expect("reads");
         assert!(received == expected);
         writer.join().expect("thread").expect("writes");
+    }
+
+    #[tokio::test]
+    async fn serve_what_a_broken_connection_did_not_take_of_a_pipe_goes_to_the_next() {
+        let (reader, writer) = nix::unistd::pipe().expect("pipe");
+        broken_connection_loses_nothing(reader, writer).await;
+    }
+
+    /// As a terminal's output, which is copied.
+    #[tokio::test]
+    async fn serve_what_a_broken_connection_did_not_take_of_a_copy_goes_to_the_next() {
+        let (ours, theirs) = net::UnixStream::pair().expect("socket pair");
+        broken_connection_loses_nothing(ours.into(), theirs.into()).await;
     }
 
     #[tokio::test]
@@ -358,7 +354,8 @@ mod tests {
 
     #[tokio::test]
     async fn read_header_longer_than_the_contract_is_an_error() {
-        let mut long = [0xff; 4].as_slice();
-        assert!(read_header(&mut long).await.is_err());
+        let (mut host, guest) = connection();
+        host.write_all(&[0xff; 4]).await.expect("writes");
+        assert!(read_header(&guest).await.is_err());
     }
 }

@@ -43,7 +43,9 @@ fn nerdctl_exit_code(lab: &Lab) -> Result<()> {
 }
 
 fn large_output(lab: &Lab) -> Result<()> {
-    let counted = lab.succeed(&format!("{RUN} large head -c 20000000 /dev/zero | wc -c"))?;
+    let counted = lab.succeed(&format!(
+        "{RUN} large dd if=/dev/zero bs=20000 count=1000 | wc -c"
+    ))?;
     ensure!(counted == "20000000", "{counted} bytes arrived");
     Ok(())
 }

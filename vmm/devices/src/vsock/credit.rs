@@ -4,7 +4,7 @@ use std::num::Wrapping;
 
 /// Bytes of a connection that are kept for a host client which does not read:
 /// what the guest is told as `buf_alloc`.
-pub(super) const BUF_ALLOC: u32 = 64 * 1024;
+pub(super) const BUF_ALLOC: u32 = 256 * 1024;
 
 /// All counters run freely and wrap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -20,7 +20,7 @@
 //! before it. A guest that resets a connection closes it for the client, after
 //! what came before the reset.
 //!
-//! Per connection the device keeps at most 64 KiB, for a client that does not
+//! Per connection the device keeps at most 256 KiB, for a client that does not
 //! read; the guest is told to wait then. In the other direction it reads from
 //! a client only what the guest has room for, right into guest memory.
 
