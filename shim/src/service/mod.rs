@@ -26,7 +26,7 @@ use crate::pod::machine::End;
 use crate::pod::process::{ExecRequest, Process};
 use crate::pod::{Pod, chain};
 use crate::spec::{self, GuestSpec, HostView, Membership};
-use crate::task::Exit;
+use crate::task::{Exit, WrongState};
 
 /// `_NSIG` of Linux: the last of the real-time signals.
 const SIGNAL_MAX: u32 = 64;
@@ -324,7 +324,11 @@ impl Shim {
             });
         }
         // Before the pod is asked for, which may have gone with the process.
-        process.check_signal().map_err(Error::State)?;
+        match process.check_signal() {
+            // None is left to get it, as was asked for.
+            Err(WrongState::Finished) if all && process.is_init() => return Ok(()),
+            checked => checked.map_err(Error::State)?,
+        }
         let pod = self.running_pod().await?;
         if process.is_init() {
             let container = &task.container;

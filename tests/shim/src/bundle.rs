@@ -85,7 +85,9 @@ impl Program {
     }
 }
 
-fn configuration(id: &str, program: &Program) -> Value {
+/// `parent` is of one shim: what another's left there, device rules for one,
+/// would hold for the container.
+fn configuration(id: &str, parent: &str, program: &Program) -> Value {
     let mount = |destination: &str, kind: &str, options: &[&str]| json!({ "destination": destination, "type": kind, "source": kind, "options": options });
     let strict = ["nosuid", "noexec", "nodev"];
     json!({
@@ -102,7 +104,7 @@ fn configuration(id: &str, program: &Program) -> Value {
             mount("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
         ],
         "linux": {
-            "cgroupsPath": format!("/harness/{id}"),
+            "cgroupsPath": format!("/harness/{parent}/{id}"),
             "namespaces": [
                 { "type": "pid" }, { "type": "ipc" }, { "type": "uts" },
                 { "type": "mount" }, { "type": "network" },
@@ -149,7 +151,9 @@ impl Bundle {
     /// # Errors
     /// When it cannot be written.
     pub fn configure(&self, program: &Program) -> Result<()> {
-        let text = configuration(&self.id, program).to_string();
+        let scratch = self.place.parent().and_then(Path::file_name);
+        let parent = scratch.unwrap_or_default().to_string_lossy();
+        let text = configuration(&self.id, &parent, program).to_string();
         fs::write(self.path().join("config.json"), text).context("write config.json")
     }
 

@@ -200,7 +200,11 @@ impl<'a> Shim<'a> {
     /// # Errors
     /// What is left.
     pub async fn finish(self) -> Result<()> {
-        self.client.shutdown(self.id()).await?;
+        match self.client.shutdown(self.id()).await {
+            // Some are gone before they have answered.
+            Err(refusal) if refusal.code != "TRANSPORT" => return Err(refusal.into()),
+            _ => {}
+        }
         let (process, patience) = (Arc::clone(&self.process), self.settings.patience());
         let ended = tokio::task::spawn_blocking(move || ends_within(&process, patience)).await??;
         ensure!(ended, "the shim does not go after Shutdown");
