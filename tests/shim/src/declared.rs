@@ -97,7 +97,13 @@ pub const DECLARED: &[Declared] = &[
     ),
     Declared {
         scenario: "log_file",
-        about: "",
+        about: "a new file",
+        ours: "err out",
+        reason: "nothing is lost, however soon Delete comes",
+    },
+    Declared {
+        scenario: "log_file",
+        about: "the same once more",
         ours: "err err out out",
         reason: "nothing is lost, however soon Delete comes",
     },

@@ -6,7 +6,7 @@ use crate::bundle::Program;
 use crate::process;
 use crate::report::Facts;
 use crate::shim::Shim;
-use crate::streams::{Streams, read_until};
+use crate::streams::{self, Streams, read_until};
 
 /// What an ordinary run tries: the edges of what means something.
 const SOME_CODES: [u32; 10] = [0, 1, 2, 42, 126, 127, 128, 137, 254, 255];
@@ -58,9 +58,10 @@ pub async fn signals(shim: &Shim<'_>, facts: &mut Facts) -> Result<()> {
 async fn killed(shim: &Shim<'_>, exec: &str, signal: u32) -> Result<u32> {
     let patience = shim.settings().patience();
     let mut streams = Streams::fifos(shim.bundle().place(), exec, false)?;
-    // Its own program, and not what prepares it, is to get the signal.
-    let program = Program::shell("echo ready; exec sleep 1000000");
-    process::start(shim, exec, &program, &streams).await?;
+    // No shell, which ignores some signals: what comes back shows that the
+    // program itself runs.
+    process::start(shim, exec, &Program::new(&["cat"]), &streams).await?;
+    streams::write_input(&streams.stdin, b"ready\n", patience).await?;
     read_until(&mut streams.take_stdout(), b"ready", patience).await?;
     shim.client().kill(shim.exec(exec), signal, false).await?;
     process::wait_and_delete(shim, exec).await
