@@ -82,11 +82,7 @@ impl MockQueue {
         queue.set_event_idx(event_idx);
         queue.set_ready(true);
         assert!(queue.is_valid(&self.memory), "rings in guest memory");
-        ActiveQueue {
-            index,
-            queue,
-            notified: self.notified.try_clone().expect("eventfd"),
-        }
+        ActiveQueue::new(index, queue, self.notified.try_clone().expect("eventfd"))
     }
 
     /// Makes a chain of buffers available and returns its head. Descriptors
@@ -135,6 +131,13 @@ impl MockQueue {
     /// Notifies the device.
     pub fn kick(&self) {
         self.notified.write(1).expect("eventfd");
+    }
+
+    /// With `VIRTIO_F_EVENT_IDX`: asks for an interrupt when the request at this
+    /// position of the used ring, counted from the queue's start, is completed.
+    pub fn wait_for_used(&self, position: u16) {
+        let at = self.available + 4 + 2 * u64::from(self.size);
+        self.write(at, &position.to_le_bytes());
     }
 
     /// Takes the next completed request: its head and the bytes written.

@@ -286,12 +286,8 @@ impl MmioTransport {
                 device: format!("device of type {}", self.device.device_type()),
                 source,
             })?;
-            queues.push(ActiveQueue {
-                // Devices have few queues.
-                index: index as u16,
-                queue,
-                notified,
-            });
+            // Devices have few queues.
+            queues.push(ActiveQueue::new(index as u16, queue, notified));
         }
         let activation = Activation {
             memory: self.memory.clone(),
