@@ -2,9 +2,9 @@
 //! tried and fuzzed without it.
 //!
 //! # Virtio
-//! [`Rng`], [`Vsock`] and [`FileSystem`] are [`vmm_virtio::VirtioDevice`]s,
+//! [`Rng`], [`Vsock`], [`FileSystem`] and [`Net`] are [`vmm_virtio::VirtioDevice`]s,
 //! put on the bus by `vmm_virtio::MmioTransport::try_new`. Each serves on one
-//! thread of its own (`rng`, `vsock`, `fs-TAG`) from the driver's `DRIVER_OK`
+//! thread of its own (`rng`, `vsock`, `fs-TAG`, `net`) from the driver's `DRIVER_OK`
 //! until it is paused or reset. What happens to them later is told through
 //! callbacks, which are called on those threads and must not block.
 //!
@@ -14,7 +14,7 @@
 //! What the guest asked for is returned, and the caller acts on it. [`ramoops`]
 //! reads what the guest's kernel leaves in its memory.
 //!
-//! With the feature `stepped` two of them can be had without their threads, a
+//! With the feature `stepped` three of them can be had without their threads, a
 //! step at a time, for fuzz targets.
 //!
 //! Every virtio device is laid out the same: `mod.rs` (the device and its
@@ -28,6 +28,7 @@ mod fs;
 #[cfg(test)]
 mod hostile;
 mod ioapic;
+mod net;
 mod pvpanic;
 pub mod ramoops;
 mod rng;
@@ -40,6 +41,7 @@ mod vsock;
 pub use acpi_pm::{AcpiPm, SleepRequest};
 pub use fs::{FileSystem, FileSystemConfig, FileSystemError, ServerFailed};
 pub use ioapic::{IoApic, IoApicState, MsiRoute};
+pub use net::{Net, NetConfig, NetError};
 pub use pvpanic::{GuestPanic, Pvpanic};
 pub use rng::Rng;
 pub use serial::{Serial, SerialState};

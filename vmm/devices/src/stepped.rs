@@ -5,6 +5,7 @@ use thiserror::Error;
 
 pub use crate::fs::ServerFailed;
 pub use crate::fs::stepped::SteppedFileSystem;
+pub use crate::net::stepped::SteppedNet;
 pub use crate::vsock::stepped::SteppedVsock;
 
 /// Why a device goes on no further, as its thread would have told.
