@@ -75,6 +75,23 @@ impl Bus {
         Ok(())
     }
 
+    /// Puts a device where another is, at the range that starts there, and
+    /// returns the one that was there: no access reaches that any more. Waits
+    /// for one that is under way. Nothing, and nothing is changed, when no range
+    /// starts there.
+    pub fn replace(
+        &self,
+        start: u64,
+        registers: impl Registers + 'static,
+    ) -> Option<Box<dyn Registers>> {
+        let (attached, _) = self.find(start, 1).filter(|(_, offset)| *offset == 0)?;
+        let registers = Box::new(registers);
+        Some(std::mem::replace(
+            &mut *lock(&attached.registers),
+            registers,
+        ))
+    }
+
     /// Reads on behalf of the guest. Where no device is, or where the access
     /// leaves the device's range, all bits are one, as on a bus that nobody
     /// drives.
@@ -174,6 +191,45 @@ mod tests {
             .expect("free");
         bus.write(0x150, &[1, 2]);
         assert_eq!(*writes.lock().expect("not poisoned"), [(0x50, vec![1, 2])]);
+    }
+
+    #[test]
+    fn replace_gives_back_what_was_there_and_later_accesses_reach_the_other() {
+        let mut bus = Bus::default();
+        bus.attach("device", 0x10..=0x1f, numbered(1))
+            .expect("free");
+        assert!(bus.replace(0x11, numbered(2)).is_none());
+        assert!(bus.replace(0x20, numbered(2)).is_none());
+        let mut old = bus.replace(0x10, numbered(2)).expect("there");
+        let mut data = [0; 1];
+        old.read(0, &mut data);
+        assert_eq!(data, [1]);
+        bus.read(0x10, &mut data);
+        assert_eq!(data, [2]);
+    }
+
+    #[test]
+    fn replace_while_others_read_gives_each_one_device_or_the_other() {
+        let mut bus = Bus::default();
+        bus.attach("device", 0x10..=0x17, numbered(0))
+            .expect("free");
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    let mut last = 0;
+                    while last < 100 {
+                        let mut data = [0; 8];
+                        bus.read(0x10, &mut data);
+                        assert_eq!(data, [data[0]; 8]);
+                        assert!(data[0] >= last, "one that was taken away");
+                        last = data[0];
+                    }
+                });
+            }
+            for number in 1..=100 {
+                bus.replace(0x10, numbered(number)).expect("there");
+            }
+        });
     }
 
     proptest! {

@@ -11,7 +11,9 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_config::control::{Exit, ExitReason, Timings};
 use vmm_config::{ConfigError, VmConfig};
 use vmm_devices::ramoops::{self, is_panic};
-use vmm_devices::{FileSystem, FileSystemConfig, FileSystemError, Rng, Serial, Vsock, VsockConfig};
+use vmm_devices::{
+    FileSystem, FileSystemConfig, FileSystemError, Net, Rng, Serial, Vsock, VsockConfig,
+};
 
 use crate::bus::{Bus, Overlap};
 use crate::control::Descriptors;
@@ -67,6 +69,7 @@ pub enum BootError {
 pub struct Machine {
     vcpus: VcpuThreads,
     devices: Arc<Surroundings>,
+    slots: Slots,
     memory: GuestMemoryMmap,
 }
 
@@ -120,8 +123,8 @@ impl Machine {
             IOAPIC..=IOAPIC + IOAPIC_SIZE - 1,
             RoutedIoApic::new(Routes::new(vm.clone())),
         )?;
-        let mut slots = Slots::new(&vm, &memory, &mut mmio, lifecycle);
-        slots.add("entropy device", Box::new(Rng::new()))?;
+        let mut slots = Slots::new(vm.clone(), memory.clone(), Arc::clone(lifecycle));
+        slots.add(&mut mmio, "entropy device", Box::new(Rng::new()))?;
         if let Some(vsock) = config.vsock {
             let name = "socket device";
             let lifecycle = Arc::clone(lifecycle);
@@ -132,7 +135,7 @@ impl Machine {
                 ready: Arc::new(move || lifecycle.report_guest_ready()),
             })
             .map_err(BootError::Vsock)?;
-            slots.add(name, Box::new(device))?;
+            slots.add(&mut mmio, name, Box::new(device))?;
         }
         for share in &config.file_systems {
             let name = format!("file system {}", share.tag);
@@ -141,9 +144,9 @@ impl Machine {
                 socket: take(share.socket).into(),
                 failed: report_failure(name.clone(), lifecycle),
             })?;
-            slots.add(&name, Box::new(device))?;
+            slots.add(&mut mmio, &name, Box::new(device))?;
         }
-        slots.leave_rest_empty()?;
+        slots.leave_rest_empty(&mut mmio)?;
 
         // All vCPUs exist before the first runs: it may start the others at once.
         let model = VcpuModel::try_new(&kvm, config.vcpus.max)?;
@@ -166,9 +169,26 @@ impl Machine {
         let machine = Self {
             vcpus,
             devices,
+            slots,
             memory,
         };
         Ok((machine, timings))
+    }
+
+    /// Puts a network into a free virtio slot, and returns the slot's number.
+    ///
+    /// # Errors
+    /// When no slot is free, or the host lacks descriptors.
+    pub fn add_network(&mut self, name: &str, device: Net) -> Result<u32, SlotError> {
+        self.slots.plug(&self.devices.mmio, name, Box::new(device))
+    }
+
+    /// Takes a network out of its slot. Its tap is closed when it returns.
+    ///
+    /// # Errors
+    /// When the slot does not hold one.
+    pub fn remove_network(&mut self, slot: u32) -> Result<(), SlotError> {
+        self.slots.unplug(&self.devices.mmio, slot)
     }
 
     /// Ends the VM: stops the vCPUs, calls `tell` with the reason and what the
@@ -179,12 +199,17 @@ impl Machine {
         let Self {
             vcpus,
             devices,
+            slots: _slots,
             memory,
         } = self;
-        drop(vcpus);
-        tell(describe_exit(reason, &memory));
-        drop(devices);
+        end(vcpus, devices, || tell(describe_exit(reason, &memory)));
     }
+}
+
+fn end(vcpus: VcpuThreads, devices: Arc<Surroundings>, tell: impl FnOnce()) {
+    drop(vcpus);
+    tell();
+    drop(devices);
 }
 
 /// A reset after a panic is the panic, also when it came before the guest's
@@ -260,17 +285,10 @@ mod tests {
             lifecycle: Arc::new(Lifecycle::try_new().expect("event")),
         });
         let (vcpus, _) = VcpuThreads::start(Vec::new(), &devices).expect("none to start");
-        let machine = Machine {
-            vcpus,
-            devices,
-            memory: memory_with_log("last words\n"),
-        };
-        machine.end(ExitReason::TripleFault, |exit| {
-            let _ = tell.send(exit.guest_log.concat());
-        });
+        end(vcpus, devices, || drop(tell.send("told".to_owned())));
         drop(tell);
         let told: Vec<_> = told.iter().collect();
-        assert_eq!(told, ["last words", "closed"]);
+        assert_eq!(told, ["told", "closed"]);
     }
 
     #[test]
@@ -282,6 +300,12 @@ mod tests {
         // Others are what they are.
         let fault = ExitReason::TripleFault;
         assert_eq!(reason(fault.clone(), log), fault);
+    }
+
+    #[test]
+    fn describe_exit_otherwise_gives_the_last_lines() {
+        let exit = describe_exit(ExitReason::TripleFault, &memory_with_log("last words\n"));
+        assert_eq!(exit.guest_log, ["last words"]);
     }
 
     #[test]

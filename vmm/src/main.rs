@@ -18,6 +18,7 @@ mod log;
 mod machine;
 mod memory;
 mod platform;
+mod requests;
 mod slots;
 
 use std::io;
@@ -89,19 +90,23 @@ fn main() -> ExitCode {
 fn run(control: &Control, began: Instant) -> Result<(), RunError> {
     let (config, descriptors) = match control.receive()? {
         Received::Request(Request::Boot(config), descriptors) => (config, descriptors),
-        Received::Request(Request::Stop, _) => return Err(RunError::NotBoot),
+        Received::Request(_, _) => return Err(RunError::NotBoot),
         Received::HangUp => return Err(RunError::NoConfig),
     };
     let lifecycle = Arc::new(Lifecycle::try_new().map_err(RunError::Event)?);
-    let (machine, timings) = Machine::boot(&config, descriptors, &lifecycle, began)?;
+    let (mut machine, timings) = Machine::boot(&config, descriptors, &lifecycle, began)?;
     control.send(&Event::Started(timings));
-    let reason = wait_for_end(control, &lifecycle)?;
+    let reason = wait_for_end(control, &lifecycle, &mut machine)?;
     machine.end(reason, |exit| control.send(&Event::Exited(exit)));
     Ok(())
 }
 
 /// Serves the control socket until the VM ends or is to be ended.
-fn wait_for_end(control: &Control, lifecycle: &Lifecycle) -> Result<ExitReason, RunError> {
+fn wait_for_end(
+    control: &Control,
+    lifecycle: &Lifecycle,
+    machine: &mut Machine,
+) -> Result<ExitReason, RunError> {
     let mut told_ready = false;
     let mut panic_deadline = None;
     loop {
@@ -127,8 +132,10 @@ fn wait_for_end(control: &Control, lifecycle: &Lifecycle) -> Result<ExitReason, 
                 Ok(Received::HangUp | Received::Request(Request::Stop, _)) => {
                     return Ok(ExitReason::Stopped);
                 }
-                Ok(Received::Request(Request::Boot(_), _)) => {
-                    log("ignored a second request to boot");
+                Ok(Received::Request(request, descriptors)) => {
+                    if let Some(event) = requests::answer(machine, &request, descriptors) {
+                        control.send(&event);
+                    }
                 }
                 // The pod's VM is worth more than a message that is not understood.
                 Err(error @ (ControlError::Decode(_) | ControlError::Truncated)) => {

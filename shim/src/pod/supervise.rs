@@ -10,7 +10,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::unix::pipe;
 use tokio::task::JoinHandle;
-use tracing::{debug, error, info};
+use tracing::{debug, error, info, warn};
 use vmm_config::control::{Event, Exit, ExitReason};
 
 use super::machine::{End, Machine, State, Watcher};
@@ -225,6 +225,11 @@ async fn watch(
                         }
                         Event::Failed { error } => return Cause::Failed(error),
                         Event::Exited(exit) => return Cause::Told(exit),
+                        event @ (Event::NetworkAdded { .. }
+                        | Event::NetworkRemoved { .. }
+                        | Event::NetworkRefused { .. }) => {
+                            warn!(?event, "the monitor answers what it was not asked");
+                        }
                     },
                     Err(error) => return Cause::Control(error.to_string()),
                 }
@@ -249,7 +254,13 @@ async fn why_server_ended(vm: &Vm, control: &AsyncFd<OwnedFd>) -> Cause {
             };
             match vm.monitor.try_event() {
                 Ok(Received::Pending) => readable.clear_ready(),
-                Ok(Received::Event(Event::Started(_) | Event::GuestReady)) => {}
+                Ok(Received::Event(
+                    Event::Started(_)
+                    | Event::GuestReady
+                    | Event::NetworkAdded { .. }
+                    | Event::NetworkRemoved { .. }
+                    | Event::NetworkRefused { .. },
+                )) => {}
                 Ok(Received::Event(Event::Failed { error })) => return Cause::Failed(error),
                 Ok(Received::Event(Event::Exited(exit))) => match exit.reason {
                     ExitReason::DeviceFailed { .. } => return Cause::FileServerGone(None),

@@ -4,15 +4,20 @@
 //! makes; the monitor finds its end at descriptor [`CONTROL_FD`]. One packet is
 //! one message: JSON of [`Versioned`], at most [`MAX_MESSAGE_BYTES`], with the
 //! descriptors it names as `SCM_RIGHTS`. The launcher sends [`Request`]s, the
-//! monitor [`Event`]s. When the launcher's end closes, the monitor ends the VM:
+//! monitor [`Event`]s. It takes the requests one after the other, so that answers
+//! come in their order. A request whose descriptors are not those that it names
+//! is refused, and the descriptors are closed. When the launcher's end closes, the monitor ends the VM:
 //! no VM outlives the shim that answers for it.
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::VmConfig;
+use crate::vm::validate_descriptors;
+use crate::{ConfigError, Network, VmConfig};
 
-/// Version of these messages. A receiver refuses any other.
+/// Version of these messages. A receiver refuses any other. It grows when a
+/// message changes its meaning; messages that are added leave it as it is, since
+/// shim and monitor are of one release.
 pub const VERSION: u32 = 1;
 /// Where the monitor finds its end of the control socket.
 pub const CONTROL_FD: i32 = 3;
@@ -37,9 +42,36 @@ pub enum Request {
     /// Boots the VM; the first request, and sent once. Answered by
     /// [`Event::Started`] or [`Event::Failed`].
     Boot(Box<VmConfig>),
+    /// Gives the VM that runs one more network, in a free slot. One descriptor.
+    /// Answered by [`Event::NetworkAdded`] or [`Event::NetworkRefused`]; the
+    /// guest finds the device when it probes the slot again.
+    AddNetwork(Network),
+    /// Takes a network from the VM that runs, whether or not the guest has
+    /// stopped to use it. Answered by [`Event::NetworkRemoved`] or
+    /// [`Event::NetworkRefused`].
+    RemoveNetwork {
+        /// As in [`Event::NetworkAdded`].
+        slot: u32,
+    },
     /// Ends the VM at once, without asking the guest. Answered by
     /// [`Event::Exited`].
     Stop,
+}
+
+impl Request {
+    /// Checks whatever has bounds, given how many descriptors came with the
+    /// message. [`Stop`](Self::Stop) is obeyed whatever comes with it.
+    ///
+    /// # Errors
+    /// See [`VmConfig::validate`] and [`Network::validate`].
+    pub fn validate(&self, descriptors: usize) -> Result<(), ConfigError> {
+        match self {
+            Self::Boot(config) => config.validate(descriptors),
+            Self::AddNetwork(network) => network.validate(descriptors),
+            Self::RemoveNetwork { .. } => validate_descriptors([], descriptors),
+            Self::Stop => Ok(()),
+        }
+    }
 }
 
 /// What the monitor tells the launcher.
@@ -50,6 +82,22 @@ pub enum Event {
     Started(Timings),
     /// The guest's agent listens: connections to the guest now complete.
     GuestReady,
+    /// The guest has one more network, as soon as it looks for it.
+    NetworkAdded {
+        /// The virtio slot that it is in, from 0: `_UID` of the guest's ACPI
+        /// device.
+        slot: u32,
+    },
+    /// The network is gone: nothing reads or writes its tap any more.
+    NetworkRemoved {
+        /// As in [`Event::NetworkAdded`]. Another device may come there.
+        slot: u32,
+    },
+    /// A network could not be added or removed, and all is as it was before.
+    NetworkRefused {
+        /// The whole chain of causes, outermost first.
+        error: String,
+    },
     /// The VM could not be made. The monitor exits.
     Failed {
         /// The whole chain of causes, outermost first.
@@ -179,6 +227,7 @@ pub fn decode<T: for<'de> Deserialize<'de>>(packet: &[u8]) -> Result<T, DecodeEr
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::FdIndex;
     use proptest::prelude::*;
 
     #[test]
@@ -192,6 +241,48 @@ mod tests {
         });
         let decoded: Event = decode(&encode(&event)).expect("decodes");
         assert_eq!(decoded, event);
+    }
+
+    #[test]
+    fn network_messages_are_written_as_documented() {
+        let add = Request::AddNetwork(Network {
+            mac: [2, 0, 0, 0, 0, 255],
+            mtu: 1500,
+            tap: FdIndex(0),
+        });
+        let json = br#"{"version":1,"message":{"add_network":{"mac":[2,0,0,0,0,255],"mtu":1500,"tap":0}}}"#;
+        assert_eq!(encode(&add), json);
+        assert_eq!(decode::<Request>(json).expect("decodes"), add);
+        let remove = br#"{"version":1,"message":{"remove_network":{"slot":3}}}"#;
+        assert_eq!(encode(&Request::RemoveNetwork { slot: 3 }), remove);
+        for (event, json) in [
+            (
+                Event::NetworkAdded { slot: 3 },
+                r#"{"network_added":{"slot":3}}"#,
+            ),
+            (
+                Event::NetworkRemoved { slot: 3 },
+                r#"{"network_removed":{"slot":3}}"#,
+            ),
+            (
+                Event::NetworkRefused {
+                    error: "no slot is left".to_owned(),
+                },
+                r#"{"network_refused":{"error":"no slot is left"}}"#,
+            ),
+        ] {
+            let json = format!(r#"{{"version":1,"message":{json}}}"#);
+            assert_eq!(String::from_utf8_lossy(&encode(&event)), json);
+            assert_eq!(decode::<Event>(json.as_bytes()).expect("decodes"), event);
+        }
+    }
+
+    #[test]
+    fn validate_request_with_a_descriptor_that_it_does_not_name_is_refused() {
+        let remove = Request::RemoveNetwork { slot: 3 };
+        assert_eq!(remove.validate(0), Ok(()));
+        let unused = ConfigError::UnusedDescriptor { count: 1, named: 0 };
+        assert_eq!(remove.validate(1), Err(unused));
     }
 
     #[test]

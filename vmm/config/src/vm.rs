@@ -18,6 +18,8 @@ pub const MAX_COMMAND_LINE_BYTES: usize = 2048;
 pub const MAX_TAG_BYTES: usize = 36;
 /// File systems of one VM: bounded by the virtio slots of the machine.
 pub const MAX_FILE_SYSTEMS: usize = 8;
+/// Least MTU of a network: what every IPv4 network carries (RFC 791).
+pub const MIN_MTU: u16 = 68;
 /// Context identifiers 0 to 2 are reserved (virtio 1.2 section 5.10.4).
 pub const MIN_GUEST_CID: u32 = 3;
 
@@ -109,7 +111,23 @@ pub struct FileSystem {
     pub socket: FdIndex,
 }
 
-/// Why a configuration cannot be a VM.
+/// Network (virtio 1.2 section 5.1) of a VM that runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Network {
+    /// The guest's address on it: unicast, not all zeros.
+    pub mac: [u8; 6],
+    /// Longest packet that the guest may send: [`MIN_MTU`] to 65535, and not
+    /// less than the tap's, whose longer frames would be dropped.
+    pub mtu: u16,
+    /// `/dev/net/tun`, attached to an interface by `TUNSETIFF` with exactly
+    /// `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`. The monitor makes it non-blocking,
+    /// and sets the length of the header and the offloads; the interface's
+    /// address, MTU and state are the launcher's.
+    pub tap: FdIndex,
+}
+
+/// Why a configuration cannot be a VM, or a part of one.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ConfigError {
     /// Boot vCPUs outside 1 to max, or max above the limit.
@@ -153,6 +171,18 @@ pub enum ConfigError {
     Tag {
         /// As configured.
         tag: String,
+    },
+    /// An address that no single interface can have.
+    #[error("network address {mac:02x?}: need a unicast address that is not all zeros")]
+    Mac {
+        /// As configured.
+        mac: [u8; 6],
+    },
+    /// MTU below the least.
+    #[error("network MTU {mtu}: need {MIN_MTU} to {}", u16::MAX)]
+    Mtu {
+        /// As configured.
+        mtu: u16,
     },
     /// A descriptor that did not come with the message.
     #[error("descriptor {index} is named, but only {count} came with the message")]
@@ -203,7 +233,7 @@ impl VmConfig {
             return Err(ConfigError::GuestCid { guest_cid });
         }
         self.validate_file_systems()?;
-        self.validate_descriptors(descriptors)
+        validate_descriptors(self.descriptors(), descriptors)
     }
 
     fn validate_file_systems(&self) -> Result<(), ConfigError> {
@@ -221,26 +251,6 @@ impl VmConfig {
         Ok(())
     }
 
-    fn validate_descriptors(&self, count: usize) -> Result<(), ConfigError> {
-        let mut named = BTreeSet::new();
-        for FdIndex(index) in self.descriptors() {
-            if index as usize >= count {
-                return Err(ConfigError::MissingDescriptor { index, count });
-            }
-            if !named.insert(index) {
-                return Err(ConfigError::SharedDescriptor { index });
-            }
-        }
-        if named.len() == count {
-            Ok(())
-        } else {
-            Err(ConfigError::UnusedDescriptor {
-                count,
-                named: named.len(),
-            })
-        }
-    }
-
     /// Every descriptor that the configuration names.
     fn descriptors(&self) -> impl Iterator<Item = FdIndex> + '_ {
         [self.kvm, self.boot.kernel]
@@ -249,6 +259,48 @@ impl VmConfig {
             .chain(self.console.map(|console| console.output))
             .chain(self.vsock.map(|vsock| vsock.listener))
             .chain(self.file_systems.iter().map(|fs| fs.socket))
+    }
+}
+
+impl Network {
+    /// Checks every bound, given how many descriptors came with the message.
+    ///
+    /// # Errors
+    /// The first bound that does not hold.
+    pub fn validate(&self, descriptors: usize) -> Result<(), ConfigError> {
+        let mac = self.mac;
+        // IEEE 802: the lowest bit of the first byte is that of group addresses.
+        if mac == [0; 6] || mac[0] & 1 != 0 {
+            return Err(ConfigError::Mac { mac });
+        }
+        if self.mtu < MIN_MTU {
+            return Err(ConfigError::Mtu { mtu: self.mtu });
+        }
+        validate_descriptors([self.tap], descriptors)
+    }
+}
+
+/// Each of the `count` descriptors must be named exactly once.
+pub(crate) fn validate_descriptors(
+    indices: impl IntoIterator<Item = FdIndex>,
+    count: usize,
+) -> Result<(), ConfigError> {
+    let mut named = BTreeSet::new();
+    for FdIndex(index) in indices {
+        if index as usize >= count {
+            return Err(ConfigError::MissingDescriptor { index, count });
+        }
+        if !named.insert(index) {
+            return Err(ConfigError::SharedDescriptor { index });
+        }
+    }
+    if named.len() == count {
+        Ok(())
+    } else {
+        Err(ConfigError::UnusedDescriptor {
+            count,
+            named: named.len(),
+        })
     }
 }
 
@@ -347,7 +399,37 @@ mod tests {
         );
     }
 
+    fn network(mac: [u8; 6], mtu: u16) -> Network {
+        Network {
+            mac,
+            mtu,
+            tap: FdIndex(0),
+        }
+    }
+
+    #[test]
+    fn validate_network_with_anything_but_its_one_descriptor_is_refused() {
+        let mut network = network([2, 0, 0, 0, 0, 1], 1500);
+        assert_eq!(network.validate(1), Ok(()));
+        let missing = ConfigError::MissingDescriptor { index: 0, count: 0 };
+        assert_eq!(network.validate(0), Err(missing));
+        let unused = ConfigError::UnusedDescriptor { count: 2, named: 1 };
+        assert_eq!(network.validate(2), Err(unused));
+        network.tap = FdIndex(1);
+        let missing = ConfigError::MissingDescriptor { index: 1, count: 1 };
+        assert_eq!(network.validate(1), Err(missing));
+    }
+
     proptest! {
+        #[test]
+        fn validate_network_passes_with_a_unicast_address_and_an_mtu_in_bounds(
+            mac in prop_oneof![any::<[u8; 6]>(), Just([0; 6]), Just([0xff; 6])],
+            mtu: u16,
+        ) {
+            let fits = mac != [0; 6] && mac[0].is_multiple_of(2) && mtu >= 68;
+            prop_assert_eq!(network(mac, mtu).validate(1).is_ok(), fits);
+        }
+
         #[test]
         fn validate_any_descriptor_beyond_the_count_is_refused(index in 2u32.., count in 2usize..64) {
             let mut config = smallest();

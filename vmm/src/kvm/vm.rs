@@ -195,4 +195,21 @@ impl Vm {
                 source: errno.into(),
             })
     }
+
+    /// Takes an event from its interrupt line. What was raised before has
+    /// reached the guest's interrupt controller when it returns. Does nothing
+    /// when they are not connected.
+    pub fn disconnect_interrupt(&self, event: &EventFd, gsi: u32) {
+        // Fails only when they are not connected.
+        let _ = self.fd.unregister_irqfd(event, gsi);
+    }
+
+    /// Undoes [`connect_notification`](Self::connect_notification): such writes
+    /// leave the guest again. Does nothing when they are not connected.
+    pub fn disconnect_notification(&self, event: &EventFd, address: u64, value: u32) {
+        // Fails only when they are not connected.
+        let _ = self
+            .fd
+            .unregister_ioevent(event, &IoEventAddress::Mmio(address), value);
+    }
 }
