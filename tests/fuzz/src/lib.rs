@@ -68,6 +68,12 @@ pub static TARGETS: &[Target] = &[
         run: targets::vsock::run,
     },
     Target {
+        name: "net",
+        // A list of pieces and a frame for each side.
+        memory_bytes: 4 * MIB,
+        run: targets::net::run,
+    },
+    Target {
         name: "mmio",
         memory_bytes: 4 * MIB,
         run: targets::mmio::run,

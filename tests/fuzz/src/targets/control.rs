@@ -2,7 +2,9 @@
 //! configuration in them.
 
 use vmm_config::control::{Event, MAX_MESSAGE_BYTES, Request, decode, encode};
-use vmm_config::{MAX_FILE_SYSTEMS, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, VmConfig};
+use vmm_config::{
+    FdIndex, MAX_FILE_SYSTEMS, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, MIN_MTU, VmConfig,
+};
 
 /// Tries one input.
 pub fn run(data: &[u8]) {
@@ -12,8 +14,16 @@ pub fn run(data: &[u8]) {
     match decode::<Request>(packet) {
         Ok(request) => {
             assert!(packet.len() <= MAX_MESSAGE_BYTES);
-            if let Request::Boot(config) = &request {
-                validate(config, usize::from(choice));
+            let valid = request.validate(usize::from(choice)).is_ok();
+            match &request {
+                Request::Boot(config) => validate(config, usize::from(choice)),
+                Request::AddNetwork(network) if valid => {
+                    assert!(network.mac != [0; 6] && network.mac[0] & 1 == 0);
+                    assert!(network.mtu >= MIN_MTU);
+                    assert_eq!((choice, network.tap), (1, FdIndex(0)));
+                }
+                Request::RemoveNetwork { .. } => assert_eq!(valid, choice == 0),
+                Request::AddNetwork(_) | Request::Stop => {}
             }
             let again = decode::<Request>(&encode(&request));
             // Encoded anew it may be longer.

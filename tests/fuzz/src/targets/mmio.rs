@@ -7,11 +7,13 @@ use std::sync::Arc;
 
 use arbitrary::{Result, Unstructured};
 use vm_memory::GuestMemoryMmap;
+use vmm_devices::stepped::SteppedNet;
 use vmm_devices::{FileSystem, FileSystemConfig, Rng, Vsock, VsockConfig};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_virtio::mock::MockQueue;
 use vmm_virtio::{MmioTransport, Transport, VirtioDevice};
 
+use super::net::pair;
 use crate::driver::Driver;
 
 const STATUS: u64 = 0x70;
@@ -48,7 +50,8 @@ const STAGES: [u32; 8] = [0, 1, 3, 11, 15, 75, 79, 128];
 /// One of the devices, with nobody on the host's side.
 pub fn device(choice: u8) -> Box<dyn VirtioDevice> {
     match choice % 3 {
-        0 => Box::new(Rng::new()),
+        0 if choice & 0x10 == 0 => Box::new(Rng::new()),
+        0 => Box::new(SteppedNet::with_thread(1500, pair().1).expect("device")),
         1 => {
             let directory = tempfile::tempdir().expect("directory");
             let listener = UnixListener::bind(directory.path().join("s")).expect("bind");

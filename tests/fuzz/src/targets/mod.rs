@@ -7,6 +7,7 @@ pub mod fs_handshake;
 pub mod fs_relay;
 pub mod legacy;
 pub mod mmio;
+pub mod net;
 pub mod ramoops;
 pub mod saved_state;
 pub mod shim_answers;
