@@ -6,8 +6,10 @@
 mod clock;
 mod containers;
 mod entropy;
+mod forward;
 mod guest;
 mod kernel_calls;
+mod network;
 mod nonblocking;
 mod pod;
 mod reaper;
@@ -26,7 +28,7 @@ use std::{
     time::Duration,
 };
 
-use agent_protocol::{AGENT_PORT, READY_PORT, STREAM_PORT, service::create_agent};
+use agent_protocol::{AGENT_PORT, FORWARD_PORT, READY_PORT, STREAM_PORT, service::create_agent};
 use anyhow::{Context, Result, ensure};
 use nix::{
     sys::{
@@ -96,7 +98,7 @@ fn log_to_kernel() -> io::Result<()> {
     Ok(())
 }
 
-/// Serves both ports until the pod is to end.
+/// Serves its ports until the pod is to end.
 async fn serve() -> Result<()> {
     // tokio panics when it needs a thread for blocking calls, cannot have one and
     // has none; with one, the calls wait for it. So the first is started
@@ -112,12 +114,16 @@ async fn serve() -> Result<()> {
     let service = Service::new(containers, Arc::clone(&shutdown));
 
     let stream_listener = listen(STREAM_PORT)?;
+    let forward_listener = listen(FORWARD_PORT)?;
     let mut server = Server::new()
         .add_listener(Listener::from(listen(AGENT_PORT)?))
         .register_service(create_agent(Arc::new(service)))
         .set_accept_hook(HostOnly);
     server.start().await.context("cannot serve ttrpc")?;
-    tokio::spawn(serve_streams(stream_listener, streams));
+    tokio::spawn(serve_each(stream_listener, move |connection| {
+        serve_stream(Arc::clone(&streams), connection)
+    }));
+    tokio::spawn(serve_each(forward_listener, forward::serve));
     knock().await;
 
     shutdown.notified().await;
@@ -137,22 +143,26 @@ async fn serve_stream(table: Arc<StreamTable>, connection: VsockStream) -> io::R
     streams::serve(table, connection).await
 }
 
-async fn serve_streams(listener: VsockListener, table: Arc<StreamTable>) {
+/// Serves each connection of a listener by itself.
+async fn serve_each<S>(listener: VsockListener, serve: impl Fn(VsockStream) -> S)
+where
+    S: Future<Output = io::Result<()>> + Send + 'static,
+{
     loop {
         match listener.accept().await {
             Ok((_, peer)) if peer.cid() != VMADDR_CID_HOST => {
-                tracing::warn!(%peer, "refused a stream from the guest itself");
+                tracing::warn!(%peer, "refused a connection from the guest itself");
             }
             Ok((connection, _)) => {
-                let table = Arc::clone(&table);
+                let served = serve(connection);
                 tokio::spawn(async move {
-                    if let Err(error) = serve_stream(table, connection).await {
+                    if let Err(error) = served.await {
                         tracing::warn!(%error, "stream ended");
                     }
                 });
             }
             Err(error) => {
-                tracing::error!(%error, "cannot accept a stream");
+                tracing::error!(%error, "cannot accept a connection");
                 sleep(ACCEPT_AGAIN_AFTER).await;
             }
         }
@@ -179,7 +189,7 @@ impl AcceptHook for HostOnly {
     }
 }
 
-/// Tells the monitor that both ports listen. It refuses the connection, as it
+/// Tells the monitor that all ports listen. It refuses the connection, as it
 /// refuses every one from a guest: the attempt is the message.
 async fn knock() {
     let refused = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT)).await;

@@ -129,6 +129,10 @@ fn create_namespaces(hostname: String) -> Result<(), PodError> {
         .spawn(move || {
             let failed = |what| move |source: io::Error| PodError::Namespace { what, source };
             fs::create_dir_all(&directory).map_err(failed("namespace directory"))?;
+            // Or the kernel puts a device of each kind of tunnel that it knows into
+            // every network namespace.
+            fs::write("/proc/sys/net/core/fb_tunnels_only_for_init_net", "1")
+                .map_err(failed("network settings"))?;
             unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)
                 .map_err(|errno| failed("namespaces")(errno.into()))?;
             if !hostname.is_empty() {

@@ -1,6 +1,10 @@
 //! The agent's side of `agent.proto`.
 
-use std::{path::Path, sync::Arc, time::UNIX_EPOCH};
+use std::{
+    path::Path,
+    sync::{self, Arc, PoisonError},
+    time::UNIX_EPOCH,
+};
 
 use agent_protocol::{
     PROTOCOL_VERSION,
@@ -11,9 +15,10 @@ use agent_protocol::{
         DeleteProcessResponse, ExecProcessRequest, ExecProcessResponse, HelloRequest,
         HelloResponse, ListProcessesRequest, ListProcessesResponse, PauseContainerRequest,
         PauseContainerResponse, ResizeTerminalRequest, ResizeTerminalResponse,
-        ResumeContainerRequest, ResumeContainerResponse, ShutdownRequest, ShutdownResponse,
-        SignalProcessRequest, SignalProcessResponse, StartProcessRequest, StartProcessResponse,
-        UpdateContainerRequest, UpdateContainerResponse, WaitProcessRequest, WaitProcessResponse,
+        ResumeContainerRequest, ResumeContainerResponse, SetNetworkRequest, SetNetworkResponse,
+        ShutdownRequest, ShutdownResponse, SignalProcessRequest, SignalProcessResponse,
+        StartProcessRequest, StartProcessResponse, UpdateContainerRequest, UpdateContainerResponse,
+        WaitProcessRequest, WaitProcessResponse,
     },
     service::Agent,
 };
@@ -28,16 +33,19 @@ use ttrpc::{Code, r#async::TtrpcContext};
 use crate::{
     clock,
     containers::Containers,
-    entropy, pod,
+    entropy,
+    network::Network,
+    pod,
     reaper::Exit,
     stats::metrics,
-    status::{chain, internal, pod_code, refused, status},
+    status::{chain, internal, network_code, pod_code, refused, status},
 };
 
 /// Serves the contract. Each call that changes something runs [`to_its_end`].
 pub struct Service {
     containers: Arc<Containers>,
     pod_created: Arc<Mutex<bool>>,
+    network: Arc<sync::Mutex<Network>>,
     shutdown: Arc<Notify>,
 }
 
@@ -47,6 +55,7 @@ impl Service {
         Self {
             containers,
             pod_created: Arc::default(),
+            network: Arc::default(),
             shutdown,
         }
     }
@@ -332,6 +341,30 @@ impl Agent for Service {
             realtime_ns,
             ..AdjustTimeResponse::default()
         })
+    }
+
+    async fn set_network(
+        &self,
+        _: &TtrpcContext,
+        request: SetNetworkRequest,
+    ) -> ttrpc::Result<SetNetworkResponse> {
+        if !*self.pod_created.lock().await {
+            return Err(status(Code::FAILED_PRECONDITION, "there is no pod yet"));
+        }
+        let network = Arc::clone(&self.network);
+        to_its_end(async move {
+            // What it holds is what has been done, also when a thread panicked over it.
+            let set = move || {
+                let mut network = network.lock().unwrap_or_else(PoisonError::into_inner);
+                network.set(&request)
+            };
+            spawn_blocking(set)
+                .await
+                .map_err(|error| internal(&error))?
+                .map_err(|error| status(network_code(&error), chain(&error)))?;
+            Ok(SetNetworkResponse::default())
+        })
+        .await
     }
 
     async fn shutdown(

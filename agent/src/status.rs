@@ -8,7 +8,7 @@ use agent_container::{
 };
 use ttrpc::{Code, get_status};
 
-use crate::{containers::ContainerError, pod::PodError};
+use crate::{containers::ContainerError, network::NetworkError, pod::PodError};
 
 pub fn refused(error: &ContainerError) -> ttrpc::Error {
     status(code(error), chain(error))
@@ -96,6 +96,16 @@ pub fn pod_code(error: &PodError) -> Code {
         PodError::Mount { .. } | PodError::Namespace { .. } | PodError::WriteBack { .. } => {
             Code::INTERNAL
         }
+    }
+}
+
+pub fn network_code(error: &NetworkError) -> Code {
+    match error {
+        NetworkError::Interface { .. } | NetworkError::Message(_) => Code::INVALID_ARGUMENT,
+        NetworkError::Device { .. }
+        | NetworkError::Namespace { .. }
+        | NetworkError::Kernel { .. }
+        | NetworkError::Setting { .. } => Code::INTERNAL,
     }
 }
 

@@ -1,7 +1,9 @@
 //! The contract between the shim on the host and the agent in the guest:
 //! `proto/agent.proto`, the code generated from it, and the ports, paths and
-//! stream header that both sides must agree on.
+//! stream header that both sides must agree on, and [`rtnetlink`], in whose words
+//! the contract describes a network.
 
+pub mod rtnetlink;
 mod stream;
 
 #[allow(missing_docs, clippy::all, clippy::pedantic, reason = "generated code")]
@@ -24,7 +26,12 @@ pub const PROTOCOL_VERSION: u32 = 1;
 pub const AGENT_PORT: u32 = 1024;
 /// vsock port on which the agent takes stdio streams.
 pub const STREAM_PORT: u32 = 1025;
-/// vsock port of the *host* to which the agent connects once when both of its
+/// vsock port on which the agent takes connections to ports of the pod. The first
+/// two bytes are the port, big-endian; the agent answers with one byte
+/// ([`STREAM_ACCEPTED`] or [`STREAM_REFUSED`]) once it is connected, and the bytes of
+/// both directions follow.
+pub const FORWARD_PORT: u32 = 1026;
+/// vsock port of the *host* to which the agent connects once when all of its
 /// own ports listen. The monitor refuses the connection, as it refuses every
 /// connection from a guest, and takes the attempt as the sign that the agent is
 /// ready (`vmm_config::control::Event::GuestReady`).

@@ -120,7 +120,7 @@ fn on_thread_of_new_namespace(
 
 /// Sets `IFF_UP` on the loopback, which is always the first link of a
 /// namespace, by one netlink request (rtnetlink(7), `RTM_NEWLINK`).
-fn raise_loopback() -> Result<(), Errno> {
+pub(super) fn raise_loopback() -> Result<(), Errno> {
     const RTM_NEWLINK: u16 = 16;
     const NLM_F_REQUEST: u16 = 1;
     const NLM_F_ACK: u16 = 4;

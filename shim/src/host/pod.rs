@@ -1,10 +1,11 @@
 //! One pod on the host: its parts put together, each step written down in the
 //! pod's record before it is taken.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use agent_protocol::rtnetlink::Rtnetlink;
 use oci_spec::runtime::Hook;
 use thiserror::Error;
 
@@ -13,8 +14,10 @@ use super::deadline::Deadline;
 use super::directory::{self, PodLock, PodPaths};
 use super::hooks::{self, Batch, State, Status};
 use super::install::{self, Installation, Opened};
+use super::loopback::{self, Loopback};
 use super::mounts::{self, Access, RootFs};
 use super::netns::{self, Network};
+use super::network::{self, Scan};
 use super::record::{self, Container, Process, Record};
 use super::share::{self, Share};
 use super::source::{self, Source};
@@ -42,6 +45,8 @@ pub enum Error {
     Source(#[from] source::Error),
     Volume(#[from] volumes::Error),
     Network(#[from] netns::Error),
+    Interfaces(#[from] network::Error),
+    Loopback(#[from] loopback::Error),
     StandIn(#[from] stand_in::Error),
     Hook(#[from] hooks::Error),
     Vm(#[from] vm::Error),
@@ -82,6 +87,8 @@ impl Error {
             Self::Order(_) => true,
             Self::Record(_)
             | Self::Uid(_)
+            | Self::Interfaces(_)
+            | Self::Loopback(_)
             | Self::StandIn(_)
             | Self::Hook(_)
             | Self::Vm(_)
@@ -318,6 +325,31 @@ impl HostPod {
         self.network.as_ref().map(AsFd::as_fd)
     }
 
+    /// Reads what the namespace has, and makes taps for those of its interfaces
+    /// that are not `connected` to the VM yet.
+    pub fn scan_network(&self, connected: &BTreeSet<u32>) -> Result<Scan, Error> {
+        Ok(network::scan(self.namespace()?, connected)?)
+    }
+
+    /// [`network::disconnect`].
+    pub fn disconnect_network(&self, index: u32) -> Result<(), Error> {
+        Ok(network::disconnect(self.namespace()?, index)?)
+    }
+
+    /// [`network::watch`].
+    pub fn watch_network(&self) -> Result<Rtnetlink, Error> {
+        Ok(network::watch(self.namespace()?)?)
+    }
+
+    /// [`Loopback::listen`].
+    pub fn listen_on_loopback(&self) -> Result<Loopback, Error> {
+        Ok(Loopback::listen(self.namespace()?)?)
+    }
+
+    fn namespace(&self) -> Result<BorrowedFd<'_>, OrderError> {
+        self.network_namespace().ok_or(OrderError::NoNetwork)
+    }
+
     /// Mounts a container's root file system into the share and returns its
     /// path relative to the share (`containers/ID/rootfs`). On an error nothing
     /// of it is left.
@@ -369,12 +401,11 @@ impl HostPod {
         exec_id: Option<&str>,
     ) -> Result<StandIn, Error> {
         self.container(container_id)?;
-        let network = self.network.as_ref().ok_or(OrderError::NoNetwork)?;
         let stand_in = StandIn::start(&stand_in::Place {
             container_id,
             exec_id,
             rootfs: &self.share.rootfs(container_id),
-            network: network.as_fd(),
+            network: self.namespace()?,
             cgroup: self.cgroup.vm(),
             uid: self.uid,
         })?;

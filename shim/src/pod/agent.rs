@@ -9,7 +9,7 @@ use agent_protocol::api::stream_header::Kind;
 use agent_protocol::api::{
     AdjustTimeRequest, ContainerStatsRequest, CreateContainerRequest, CreatePodRequest,
     DeleteProcessRequest, ExecProcessRequest, HelloRequest, Metrics, PauseContainerRequest,
-    ProcessId, ResizeTerminalRequest, ResumeContainerRequest, ShutdownRequest,
+    ProcessId, ResizeTerminalRequest, ResumeContainerRequest, SetNetworkRequest, ShutdownRequest,
     SignalProcessRequest, StartProcessRequest, Stdio, StreamHeader, UpdateContainerRequest,
     WaitProcessRequest, WaitProcessResponse,
 };
@@ -180,6 +180,16 @@ impl Agent {
         call(
             "prepare the pod in the guest",
             self.client.create_pod(bounded(CALL_TIMEOUT), request),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Gives the pod the network that it has on the host.
+    pub async fn set_network(&self, request: &SetNetworkRequest) -> Result<(), Error> {
+        call(
+            "set up the pod's network in the guest",
+            self.client.set_network(bounded(CALL_TIMEOUT), request),
         )
         .await
         .map(drop)

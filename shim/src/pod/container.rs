@@ -351,8 +351,16 @@ impl Container {
     pub async fn start(&self, pod: &Pod, events: &Events) -> Result<(), CallError> {
         self.init.life().begin_start()?;
         let _hooks = self.hooks.lock().await;
+        // Some clients set it up between Create and Start.
+        if let Err(error) = pod.connect_network().await {
+            self.init.announce(events, Lifecycle::start_failed);
+            return Err(error.into());
+        }
         match self.behind {
-            Behind::Pause => self.init.announce(events, Lifecycle::started),
+            Behind::Pause => {
+                pod.forward_ports().await;
+                self.init.announce(events, Lifecycle::started);
+            }
             Behind::Guest { .. } => self.init.execute(pod, events).await?,
         }
         self.run_poststart(pod).await.map_err(CallError::from)

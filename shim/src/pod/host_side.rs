@@ -1,10 +1,12 @@
 //! What a pod needs of its host. [`HostPod`] does it; tests, which have no VM,
 //! bring another.
 
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use agent_protocol::api::ProcessId;
+use agent_protocol::rtnetlink::Rtnetlink;
 
 use super::machine::Machine;
 use super::size::Size;
@@ -14,8 +16,10 @@ use crate::host::cgroup::CgroupPath;
 use crate::host::directory::{PodLock, PodPaths};
 use crate::host::hooks::{self, Batch};
 use crate::host::install::Installation;
+use crate::host::loopback::Loopback;
 use crate::host::mounts::Access;
 use crate::host::netns::Network;
+use crate::host::network::Scan;
 use crate::host::pod::{ContainerRequest, Error, ExitRecord, HostPod};
 use crate::host::source::Source;
 use crate::host::stand_in::StandIn;
@@ -34,6 +38,14 @@ pub trait HostSide: Send + 'static {
     ) -> Result<Machine, StartError>;
     /// [`HostPod::set_network`].
     fn set_network(&mut self, network: &Network) -> Result<(), Error>;
+    /// [`HostPod::scan_network`].
+    fn scan_network(&mut self, connected: &BTreeSet<u32>) -> Result<Scan, Error>;
+    /// [`HostPod::disconnect_network`].
+    fn disconnect_network(&mut self, index: u32) -> Result<(), Error>;
+    /// [`HostPod::watch_network`].
+    fn watch_network(&mut self) -> Result<Rtnetlink, Error>;
+    /// [`HostPod::listen_on_loopback`].
+    fn listen_on_loopback(&mut self) -> Result<Loopback, Error>;
     /// [`HostPod::add_container`].
     fn add_container(&mut self, request: ContainerRequest) -> Result<PathBuf, Error>;
     /// [`HostPod::add_volume`].
@@ -121,6 +133,22 @@ impl HostSide for Real {
 
     fn set_network(&mut self, network: &Network) -> Result<(), Error> {
         self.pod.set_network(network)
+    }
+
+    fn scan_network(&mut self, connected: &BTreeSet<u32>) -> Result<Scan, Error> {
+        self.pod.scan_network(connected)
+    }
+
+    fn disconnect_network(&mut self, index: u32) -> Result<(), Error> {
+        self.pod.disconnect_network(index)
+    }
+
+    fn watch_network(&mut self) -> Result<Rtnetlink, Error> {
+        self.pod.watch_network()
+    }
+
+    fn listen_on_loopback(&mut self) -> Result<Loopback, Error> {
+        self.pod.listen_on_loopback()
     }
 
     fn add_container(&mut self, request: ContainerRequest) -> Result<PathBuf, Error> {

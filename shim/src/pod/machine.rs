@@ -1,6 +1,10 @@
 //! A pod's VM as its pod sees it: booting, ready, ended and why.
 
-use tokio::sync::{mpsc, watch};
+use std::os::fd::OwnedFd;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use vmm_config::control::Request;
+use vmm_config::{FdIndex, Network};
 
 /// How a VM ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +29,18 @@ pub enum State {
 pub struct Machine {
     state: watch::Receiver<State>,
     stop: mpsc::UnboundedSender<String>,
+    changes: mpsc::UnboundedSender<Change>,
+}
+
+/// A change of a running VM's devices.
+#[derive(Debug)]
+pub struct Change {
+    /// For the monitor.
+    pub request: Request,
+    /// What goes with it.
+    pub descriptor: Option<OwnedFd>,
+    /// The virtio slot in question, or why it cannot be.
+    pub answer: oneshot::Sender<Result<u32, String>>,
 }
 
 /// The other side of a [`Machine`]: whoever watches over its processes.
@@ -34,6 +50,8 @@ pub struct Watcher {
     pub state: watch::Sender<State>,
     /// Requests to end it at once, with the reason.
     pub stop: mpsc::UnboundedReceiver<String>,
+    /// Changes of its devices, answered in their order.
+    pub changes: mpsc::UnboundedReceiver<Change>,
 }
 
 impl Machine {
@@ -41,11 +59,18 @@ impl Machine {
     pub fn new() -> (Self, Watcher) {
         let (state_sender, state) = watch::channel(State::Booting);
         let (stop, stop_receiver) = mpsc::unbounded_channel();
+        let (changes, changes_receiver) = mpsc::unbounded_channel();
         let watcher = Watcher {
             state: state_sender,
             stop: stop_receiver,
+            changes: changes_receiver,
         };
-        (Self { state, stop }, watcher)
+        let machine = Self {
+            state,
+            stop,
+            changes,
+        };
+        (machine, watcher)
     }
 
     /// Waits until the agent listens.
@@ -80,6 +105,44 @@ impl Machine {
     pub fn stop(&self, reason: impl Into<String>) {
         // Nobody listens once it has ended.
         let _ = self.stop.send(reason.into());
+    }
+
+    /// Puts a network device into the VM: frames go by `tap`. Returns its virtio
+    /// slot.
+    ///
+    /// # Errors
+    /// Why that cannot be.
+    pub async fn add_network(&self, mac: [u8; 6], mtu: u16, tap: OwnedFd) -> Result<u32, String> {
+        let network = Network {
+            mac,
+            mtu,
+            tap: FdIndex(0),
+        };
+        self.change(Request::AddNetwork(network), Some(tap)).await
+    }
+
+    /// Takes a network device from the VM.
+    ///
+    /// # Errors
+    /// Why that cannot be.
+    pub async fn remove_network(&self, slot: u32) -> Result<(), String> {
+        let request = Request::RemoveNetwork { slot };
+        self.change(request, None).await.map(drop)
+    }
+
+    async fn change(&self, request: Request, descriptor: Option<OwnedFd>) -> Result<u32, String> {
+        let (answer, answered) = oneshot::channel();
+        let change = Change {
+            request,
+            descriptor,
+            answer,
+        };
+        // Nobody listens, nor answers, once it has ended.
+        let _ = self.changes.send(change);
+        match answered.await {
+            Ok(answer) => answer,
+            Err(_) => Err(format!("the VM has ended: {}", self.ended().await.reason)),
+        }
     }
 
     async fn wait(&self, reached: impl FnMut(&State) -> bool) -> State {

@@ -4,8 +4,10 @@ pub mod agent;
 mod clock;
 pub mod container;
 mod execs;
+mod forward;
 pub mod host_side;
 pub mod machine;
+mod network;
 mod printable;
 pub mod process;
 pub mod size;
@@ -34,6 +36,7 @@ use crate::stdio;
 use agent::Agent;
 use host_side::{HostSide, Maker, StartError};
 use machine::{End, Machine};
+use network::Network as GuestNetwork;
 use size::Size;
 use vsock::Vsock;
 
@@ -89,6 +92,24 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// An interface of its network.
+    #[error("connect the pod's network interface {interface} to its VM: {reason}")]
+    Network {
+        /// Its name.
+        interface: String,
+        /// Why not.
+        reason: String,
+    },
+    /// Changes of its network.
+    #[error("listen for changes of the pod's network")]
+    WatchNetwork {
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// Its loopback on the host.
+    #[error("listen on the pod's loopback")]
+    Forward(#[source] io::Error),
     /// A part of this program panicked.
     #[error("internal error: {0}")]
     Panicked(#[from] tokio::task::JoinError),
@@ -112,6 +133,7 @@ pub struct Pod {
     machine: Machine,
     vsock: Vsock,
     agent: Arc<OnceCell<Agent>>,
+    network: Arc<tokio::sync::Mutex<GuestNetwork>>,
 }
 
 impl Pod {
@@ -157,6 +179,7 @@ impl Pod {
             machine,
             vsock,
             agent: Arc::default(),
+            network: Arc::default(),
         })
     }
 

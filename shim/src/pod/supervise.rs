@@ -9,11 +9,12 @@ use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::unix::pipe;
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, error, info};
 use vmm_config::control::{Event, Exit, ExitReason};
 
-use super::machine::{End, Machine, State, Watcher};
+use super::machine::{Change, End, Machine, State, Watcher};
 use super::printable::printable;
 use crate::host::children;
 use crate::host::vm::{FileServer, Received, Vm};
@@ -53,8 +54,9 @@ pub fn supervise(mut vm: Vm) -> io::Result<Machine> {
     let monitor = readable(vm.monitor.pidfd().try_clone_to_owned()?)?;
     let server = readable(vm.file_server.pidfd().try_clone_to_owned()?)?;
     tokio::spawn(async move {
-        let Watcher { state, mut stop } = watcher;
-        let mut cause = watch(&vm, &control, &server, &state, &mut stop).await;
+        let mut watcher = watcher;
+        let mut cause = watch(&vm, &control, &server, &mut watcher).await;
+        let Watcher { state, .. } = watcher;
         // Before they are killed, which would hide it.
         match &mut cause {
             Cause::MonitorGone(how) => *how = end_of(&monitor).await,
@@ -202,9 +204,14 @@ async fn watch(
     vm: &Vm,
     control: &AsyncFd<OwnedFd>,
     server: &AsyncFd<OwnedFd>,
-    state: &tokio::sync::watch::Sender<State>,
-    stop: &mut tokio::sync::mpsc::UnboundedReceiver<String>,
+    watcher: &mut Watcher,
 ) -> Cause {
+    let Watcher {
+        state,
+        stop,
+        changes,
+    } = watcher;
+    let mut waiting = VecDeque::new();
     loop {
         tokio::select! {
             // What the monitor has to say first: it names its reason.
@@ -225,10 +232,11 @@ async fn watch(
                         }
                         Event::Failed { error } => return Cause::Failed(error),
                         Event::Exited(exit) => return Cause::Told(exit),
-                        event @ (Event::NetworkAdded { .. }
-                        | Event::NetworkRemoved { .. }
-                        | Event::NetworkRefused { .. }) => {
-                            warn!(?event, "the monitor answers what it was not asked");
+                        Event::NetworkAdded { slot } | Event::NetworkRemoved { slot } => {
+                            answer(&mut waiting, Ok(slot));
+                        }
+                        Event::NetworkRefused { error } => {
+                            answer(&mut waiting, Err(printable(&error)));
                         }
                     },
                     Err(error) => return Cause::Control(error.to_string()),
@@ -239,7 +247,26 @@ async fn watch(
             Some(reason) = stop.recv() => {
                 return Cause::Asked(reason);
             }
+            Some(change) = changes.recv() => {
+                let Change { request, descriptor, answer } = change;
+                let descriptors: Vec<_> = descriptor.iter().map(AsFd::as_fd).collect();
+                match vm.monitor.change(&request, &descriptors) {
+                    Ok(()) => waiting.push_back(answer),
+                    Err(error) => drop(answer.send(Err(error.to_string()))),
+                }
+            }
         }
+    }
+}
+
+/// The monitor answers in the order of the requests; one answer too many is its
+/// fault, and nobody's loss.
+fn answer(
+    waiting: &mut VecDeque<oneshot::Sender<Result<u32, String>>>,
+    answer: Result<u32, String>,
+) {
+    if let Some(asked) = waiting.pop_front() {
+        let _ = asked.send(answer);
     }
 }
 

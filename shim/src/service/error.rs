@@ -157,6 +157,9 @@ fn pod_code(error: &pod::Error) -> Code {
         | pod::Error::Ended { .. }
         | pod::Error::BootTimeout
         | pod::Error::Shm { .. }
+        | pod::Error::Network { .. }
+        | pod::Error::WatchNetwork { .. }
+        | pod::Error::Forward(_)
         | pod::Error::Panicked(_) => Code::INTERNAL,
     }
 }

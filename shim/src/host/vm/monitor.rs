@@ -94,6 +94,11 @@ impl Monitor {
         self.control.wait(timeout)
     }
 
+    /// Asks for a change of the VM's devices; the answer is an event.
+    pub fn change(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        self.control.send(request, descriptors)
+    }
+
     /// Asks the monitor to end the VM at once.
     pub fn stop(&self) -> Result<(), Error> {
         self.control.send(&Request::Stop, &[])

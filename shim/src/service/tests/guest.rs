@@ -87,7 +87,9 @@ impl Guest {
 
     /// Boots on the monitor's listener.
     pub fn boot(self: &Arc<Self>, listener: OwnedFd, watcher: Watcher, directory: PathBuf) {
-        let Watcher { state, mut stop } = watcher;
+        let Watcher {
+            state, mut stop, ..
+        } = watcher;
         *self.vm.lock().expect("unpoisoned") = Some(state);
         let guest = Arc::clone(self);
         let stopped = Arc::clone(self);

@@ -1,17 +1,22 @@
 //! A host without anything on it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use agent_protocol::api::ProcessId;
+use agent_protocol::rtnetlink::Rtnetlink;
 
 use super::guest::{Guest, name};
 use crate::host::hooks::{self, Batch, State, Status};
+use crate::host::loopback::Loopback;
 use crate::host::mounts::Access;
 use crate::host::netns::Network;
-use crate::host::pod::{ContainerHooks, ContainerRequest, Error as HostError, ExitRecord};
+use crate::host::network::{Scan, Tables};
+use crate::host::pod::{
+    ContainerHooks, ContainerRequest, Error as HostError, ExitRecord, OrderError,
+};
 use crate::host::source::Source;
 use crate::host::volumes::Placed;
 use crate::pod::host_side::{HostSide, StartError};
@@ -84,6 +89,31 @@ impl HostSide for FakeHost {
     fn set_network(&mut self, network: &Network) -> Result<(), HostError> {
         self.note(format!("network {network:?}"));
         Ok(())
+    }
+
+    fn scan_network(&mut self, _: &BTreeSet<u32>) -> Result<Scan, HostError> {
+        let tables = Tables {
+            interfaces: Vec::new(),
+            messages: Vec::new(),
+        };
+        Ok(Scan {
+            tables,
+            taps: Vec::new(),
+        })
+    }
+
+    fn disconnect_network(&mut self, _: u32) -> Result<(), HostError> {
+        Ok(())
+    }
+
+    fn watch_network(&mut self) -> Result<Rtnetlink, HostError> {
+        let watch = Rtnetlink::open().expect("opens");
+        watch.set_nonblocking().expect("is a socket");
+        Ok(watch)
+    }
+
+    fn listen_on_loopback(&mut self) -> Result<Loopback, HostError> {
+        Err(OrderError::NoNetwork.into())
     }
 
     fn add_container(&mut self, request: ContainerRequest) -> Result<PathBuf, HostError> {

@@ -11,6 +11,7 @@ pub mod jail;
 pub mod leftovers;
 pub mod memory;
 pub mod nerdctl;
+pub mod network;
 pub mod oci;
 pub mod oci_matrix;
 pub mod pods;
@@ -32,6 +33,7 @@ pub const ALL: &[&[Check]] = &[
     execs::CHECKS,
     control::CHECKS,
     nerdctl::CHECKS,
+    network::CHECKS,
     terminals::CHECKS,
     shim::CHECKS,
     oci::CHECKS,
