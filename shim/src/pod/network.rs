@@ -49,10 +49,16 @@ impl Network {
         let Some(Scan { tables, taps }) = scanned.await?.transpose()? else {
             return Ok(());
         };
-        for (index, tap) in taps {
+        let mut taps = taps.into_iter();
+        while let Some((index, tap)) = taps.next() {
             let interface = tables.interfaces.iter().find(|found| found.index == index);
-            if let Some(interface) = interface {
-                self.add(pod, interface, tap).await?;
+            let Some(interface) = interface else { continue };
+            if let Err(error) = self.add(pod, interface, tap).await {
+                // Or what is redirected to a tap that is gone stays so.
+                for (index, _) in taps {
+                    disconnect(pod, index).await;
+                }
+                return Err(error);
             }
         }
         let request = self.describe(&tables);
@@ -61,7 +67,8 @@ impl Network {
             pod.explain(agent.set_network(&request).await).await?;
             self.told = request;
         }
-        self.remove_gone(pod, &tables).await
+        self.remove_gone(pod, &tables).await;
+        Ok(())
     }
 
     /// Puts a device for an interface into the VM. It is no use to the guest before
@@ -75,11 +82,7 @@ impl Network {
                 Ok(())
             }
             Err(reason) => {
-                let index = interface.index;
-                let undone = pod.on_host(move |host| host.disconnect_network(index));
-                if let Some(Err(error)) = undone.await? {
-                    warn!("{}", chain(&error));
-                }
+                disconnect(pod, interface.index).await;
                 Err(Error::Network {
                     interface: interface.name.clone(),
                     reason,
@@ -90,7 +93,7 @@ impl Network {
 
     /// Takes the devices from the VM whose interfaces have gone; the guest has been
     /// told, and has let go of them.
-    async fn remove_gone(&mut self, pod: &Pod, tables: &Tables) -> Result<(), Error> {
+    async fn remove_gone(&mut self, pod: &Pod, tables: &Tables) {
         let has = |index| tables.interfaces.iter().any(|found| found.index == index);
         let gone: Vec<_> = self.slots.keys().copied().filter(|i| !has(*i)).collect();
         for index in gone {
@@ -100,13 +103,9 @@ impl Network {
             if let Err(reason) = pod.machine.remove_network(slot).await {
                 warn!(slot, "a network device stays in the VM: {reason}");
             }
-            let disconnected = pod.on_host(move |host| host.disconnect_network(index));
-            if let Some(Err(error)) = disconnected.await? {
-                warn!("{}", chain(&error));
-            }
+            disconnect(pod, index).await;
             info!(slot, "an interface has gone");
         }
-        Ok(())
     }
 
     fn describe(&self, tables: &Tables) -> SetNetworkRequest {
@@ -125,6 +124,16 @@ impl Network {
             messages: tables.messages.clone(),
             ..SetNetworkRequest::default()
         }
+    }
+}
+
+/// Gives an interface back to the namespace's own stack, as far as that goes.
+async fn disconnect(pod: &Pod, index: u32) {
+    let disconnected = pod.on_host(move |host| host.disconnect_network(index));
+    match disconnected.await {
+        Ok(None | Some(Ok(()))) => {}
+        Ok(Some(Err(error))) => warn!("{}", chain(&error)),
+        Err(error) => warn!("{}", chain(&error)),
     }
 }
 
