@@ -18,7 +18,7 @@ export CARGO_TARGET_DIR ?= $(BULKHEAD_CACHE)/target/$(toolchain)
 DENY_VERSION := 0.20.2
 DENY := $(BULKHEAD_CACHE)/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
 PREFIX := $(BULKHEAD_CACHE)/prefix
-E2E_TIMEOUT ?= 2400
+E2E_TIMEOUT ?= 3300
 # How many nodes the end-to-end tests share.
 NODES ?= 2
 

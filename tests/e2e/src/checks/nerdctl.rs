@@ -23,7 +23,9 @@ pub const CHECKS: &[Check] = &[
 fn with_detached(lab: &Lab, name: &str, run: &str, script: &str) -> Result<String> {
     let nerdctl = format!("nerdctl run --pull never --runtime {BULKHEAD}");
     // The first makes the bridge, which stays.
-    lab.succeed(&format!("{nerdctl} --rm {IMAGE} true"))?;
+    lab.succeed(&format!(
+        "ip link show nerdctl0 >/dev/null 2>&1 || {nerdctl} --rm {IMAGE} true"
+    ))?;
     let before = lab.resources()?;
     let shown = lab.succeed(&format!(
         "trap 'nerdctl rm -f {name} >/dev/null' EXIT

@@ -38,7 +38,9 @@ tables='echo $(cat /proc/net/route | tail -n +2 | sort | tr -s "\t " " ")
 fn with_container(lab: &Lab, options: &str, command: &str, script: &str) -> Result<String> {
     let nerdctl = format!("nerdctl run --pull never --runtime {BULKHEAD}");
     // The first makes the bridge, which stays.
-    lab.succeed(&format!("{nerdctl} --rm {IMAGE} true"))?;
+    lab.succeed(&format!(
+        "ip link show nerdctl0 >/dev/null 2>&1 || {nerdctl} --rm {IMAGE} true"
+    ))?;
     let before = lab.resources()?;
     let shown = lab.succeed(&format!(
         "{FUNCTIONS}
