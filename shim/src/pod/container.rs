@@ -18,20 +18,16 @@ use super::process::{
     CallError, DRAIN_TIMEOUT, EXIT_TIMEOUT, ExecRefusal, ExecRequest, Process, killed_exit,
     lost_exit,
 };
+use super::volumes::{PodVolumes, open_sources};
 use super::{Error, Pod, blocking, chain, log_hooks};
 use crate::events::{Event, Events, now_ns};
 use crate::host;
 use crate::host::deadline::Deadline;
-use crate::host::mounts::{Access, Mount, RootFs};
+use crate::host::mounts::{Mount, RootFs};
 use crate::host::pod::ContainerRequest;
-use crate::host::source::{self, Source};
-use crate::host::volumes::Placed;
-use crate::spec::{GuestSpec, HostView, IntoJsonError, Membership, Volumes};
+use crate::spec::{GuestSpec, HostView, Membership};
 use crate::stdio::{Io, Opened, Plan};
 use crate::task::{Exit, Lifecycle, WrongState};
-
-/// How long the server of a volume's file system may take to show the volume.
-const SOURCE_TIMEOUT: Duration = Duration::from_secs(20);
 
 const SIGINT: u32 = libc::SIGINT.unsigned_abs();
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
@@ -551,55 +547,5 @@ fn init_of(container_id: &str) -> ProcessId {
     ProcessId {
         container_id: container_id.to_owned(),
         ..ProcessId::default()
-    }
-}
-
-/// The sources that a container binds, looked at with nobody waiting for it.
-pub(super) async fn open_sources(
-    sources: &[(usize, PathBuf)],
-) -> Result<BTreeMap<PathBuf, Source>, Error> {
-    let mut opened = BTreeMap::new();
-    for (index, path) in sources {
-        let index = *index;
-        let refused = |source: source::Error| IntoJsonError::Volume {
-            index,
-            path: path.clone(),
-            source: host::pod::Error::from(source),
-        };
-        if opened.contains_key(path) {
-            continue;
-        }
-        let (tell, told) = tokio::sync::oneshot::channel();
-        let wanted = path.clone();
-        // A thread that nobody joins: it may wait for a server for ever.
-        std::thread::spawn(move || tell.send(Source::open(&wanted)));
-        let source = match timeout(SOURCE_TIMEOUT, told).await {
-            Ok(Ok(source)) => source.map_err(refused)?,
-            _ => return Err(refused(source::Error::Silent { path: path.clone() }).into()),
-        };
-        opened.insert(path.clone(), source);
-    }
-    Ok(opened)
-}
-
-struct PodVolumes<'a> {
-    host: &'a mut dyn HostSide,
-    opened: &'a BTreeMap<PathBuf, Source>,
-}
-
-impl Volumes for PodVolumes<'_> {
-    type Error = host::pod::Error;
-
-    fn add(
-        &mut self,
-        source: &std::path::Path,
-        access: Access,
-        recursive: bool,
-    ) -> Result<Placed, Self::Error> {
-        let Some(opened) = self.opened.get(source) else {
-            let path = source.to_owned();
-            return Err(source::Error::Silent { path }.into());
-        };
-        self.host.add_volume(opened, access, recursive)
     }
 }

@@ -12,6 +12,7 @@ mod printable;
 pub mod process;
 pub mod size;
 mod supervise;
+mod volumes;
 pub mod vsock;
 
 use std::collections::BTreeSet;
@@ -379,7 +380,7 @@ async fn remote_shares(first: &HostView) -> Result<usize, Error> {
     if first.membership == Membership::Sandbox {
         return Ok(1);
     }
-    let sources = container::open_sources(&first.bind_sources).await?;
+    let sources = volumes::open_sources(&first.bind_sources).await?;
     let remote = sources.values().flat_map(Source::remote_file_systems);
     let distinct = remote.collect::<BTreeSet<_>>().len();
     Ok(distinct.min(MAX_REMOTE_SHARES))
