@@ -260,7 +260,12 @@ fn set_interface(
             RouteNetlinkMessage::NewLink(link) => Some(link.header.index),
             _ => None,
         })
-        .unwrap_or_default();
+        .ok_or_else(|| NetworkError::Device {
+            name: name.clone(),
+            source: DeviceError::NoInterface {
+                slot: interface.slot,
+            },
+        })?;
     // The host has its link-local address, which comes with the others: one of the
     // kernel's own would have to be tried out first.
     let setting = Path::new("/proc/sys/net/ipv6/conf")
