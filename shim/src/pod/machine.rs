@@ -1,10 +1,16 @@
 //! A pod's VM as its pod sees it: booting, ready, ended and why.
 
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
 use vmm_config::control::Request;
 use vmm_config::{FdIndex, Network};
+
+/// How long the monitor may take to change a device: it waits for nobody's files,
+/// nor for the guest.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How a VM ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -139,9 +145,12 @@ impl Machine {
         };
         // Nobody listens, nor answers, once it has ended.
         let _ = self.changes.send(change);
-        match answered.await {
-            Ok(answer) => answer,
-            Err(_) => Err(format!("the VM has ended: {}", self.ended().await.reason)),
+        match timeout(CHANGE_TIMEOUT, answered).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(format!("the VM has ended: {}", self.ended().await.reason)),
+            Err(_) => Err(format!(
+                "the VM's monitor did not answer within {CHANGE_TIMEOUT:?}"
+            )),
         }
     }
 
@@ -158,5 +167,37 @@ impl Machine {
 fn unwatched() -> End {
     End {
         reason: "the VM is no longer watched over".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tap() -> OwnedFd {
+        std::fs::File::open("/dev/null").expect("opens").into()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn add_network_of_a_monitor_that_does_not_answer_is_an_error_in_time() {
+        let (machine, watcher) = Machine::new();
+        let error = machine.add_network([2; 6], 1500, tap()).await;
+        let error = error.expect_err("nobody answers");
+        assert!(error.contains("did not answer"), "{error}");
+        drop(watcher);
+    }
+
+    #[tokio::test]
+    async fn add_network_to_a_vm_that_has_ended_tells_why_it_has() {
+        let (machine, watcher) = Machine::new();
+        watcher.state.send_replace(State::Ended(End {
+            reason: "the guest powered off".to_owned(),
+        }));
+        drop(watcher);
+        let error = machine.add_network([2; 6], 1500, tap()).await;
+        assert_eq!(
+            error,
+            Err("the VM has ended: the guest powered off".to_owned())
+        );
     }
 }
