@@ -51,13 +51,17 @@ fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Dev
 }
 
 /// Looks into a slot in which the host has just put a network device. Returns the
-/// name and index of its interface, which is in the agent's own network
-/// namespace.
-pub fn plug(slot: u32) -> Result<(String, u32), DeviceError> {
+/// index of its interface, which is in the agent's own network namespace.
+pub fn plug(slot: u32) -> Result<u32, DeviceError> {
     let name = slot_name(slot)?;
     write(&Path::new(DRIVER).join("bind"), &name)?;
-    let interface = interface_below(&Path::new(SLOTS).join(&name))?;
-    interface.ok_or(DeviceError::NoInterface { slot })
+    let interface = interface_below(&Path::new(SLOTS).join(&name))
+        .and_then(|interface| interface.ok_or(DeviceError::NoInterface { slot }));
+    if interface.is_err() {
+        // It would be in the way of the next attempt.
+        let _ = unplug(slot);
+    }
+    interface
 }
 
 /// Lets go of what is in a slot, wherever its interface has been moved to. The
@@ -83,7 +87,7 @@ fn slot_name(slot: u32) -> Result<String, DeviceError> {
 }
 
 /// `virtio<n>/net/<name>/ifindex` of a slot's directory.
-fn interface_below(slot: &Path) -> Result<Option<(String, u32)>, DeviceError> {
+fn interface_below(slot: &Path) -> Result<Option<u32>, DeviceError> {
     for device in names_in(slot)? {
         let interfaces = slot.join(device).join("net");
         if !interfaces.is_dir() {
@@ -96,7 +100,7 @@ fn interface_below(slot: &Path) -> Result<Option<(String, u32)>, DeviceError> {
         let index = fs::read_to_string(&path).map_err(failed("read", &path))?;
         let index = index.trim_end().parse();
         let index = index.map_err(|_| failed("read", &path)(io::ErrorKind::InvalidData.into()));
-        return Ok(Some((name, index?)));
+        return Ok(Some(index?));
     }
     Ok(None)
 }
@@ -117,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn interface_below_finds_the_name_and_index_of_what_a_slot_holds() {
+    fn interface_below_finds_the_index_of_what_a_slot_holds() {
         let slot = tempfile::tempdir().expect("a directory");
         assert_eq!(interface_below(slot.path()).expect("reads"), None);
         let interface = slot.path().join("virtio3/net/eth0");
@@ -125,6 +129,6 @@ mod tests {
         fs::create_dir(slot.path().join("power")).expect("makes");
         fs::write(interface.join("ifindex"), "7\n").expect("writes");
         let found = interface_below(slot.path()).expect("reads");
-        assert_eq!(found, Some(("eth0".to_owned(), 7)));
+        assert_eq!(found, Some(7));
     }
 }

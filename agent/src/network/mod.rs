@@ -151,7 +151,7 @@ impl Network {
             return Ok(());
         }
         let name = interface.name.clone();
-        let (_, index) = devices::plug(interface.slot).map_err(|source| NetworkError::Device {
+        let index = devices::plug(interface.slot).map_err(|source| NetworkError::Device {
             name: name.clone(),
             source,
         })?;
