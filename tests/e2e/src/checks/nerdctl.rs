@@ -20,7 +20,7 @@ pub const CHECKS: &[Check] = &[
 
 /// Runs `script` between the start of a detached container `name`, whose
 /// options and command follow, and its removal, after which nothing is left.
-fn with_detached(lab: &Lab, name: &str, run: &str, script: &str) -> Result<String> {
+pub(super) fn with_detached(lab: &Lab, name: &str, run: &str, script: &str) -> Result<String> {
     let nerdctl = format!("nerdctl run --pull never --runtime {BULKHEAD}");
     // The first makes the bridge, which stays.
     lab.succeed(&format!(

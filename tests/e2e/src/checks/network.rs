@@ -3,6 +3,7 @@
 use anyhow::{Result, ensure};
 
 use super::Check;
+use super::nerdctl::with_detached;
 use crate::lab::{BULKHEAD, IMAGE, Lab};
 
 /// See the names.
@@ -36,21 +37,16 @@ tables='echo $(cat /proc/net/route | tail -n +2 | sort | tr -s "\t " " ")
 /// Runs a script between the start of a detached container and its removal,
 /// after which nothing is left. `$pid` is its stand-in's.
 fn with_container(lab: &Lab, options: &str, command: &str, script: &str) -> Result<String> {
-    let nerdctl = format!("nerdctl run --pull never --runtime {BULKHEAD}");
-    // The first makes the bridge, which stays.
-    lab.succeed(&format!(
-        "ip link show nerdctl0 >/dev/null 2>&1 || {nerdctl} --rm {IMAGE} true"
-    ))?;
-    let before = lab.resources()?;
-    let shown = lab.succeed(&format!(
-        "{FUNCTIONS}
-         trap 'nerdctl rm -f net >/dev/null' EXIT
-         {nerdctl} -d --name net {options} {IMAGE} sh -c '{command}' >/dev/null || exit
-         pid=$(nerdctl inspect -f '{{{{.State.Pid}}}}' net)
-         {script}"
-    ))?;
-    lab.expect_nothing_left(&before)?;
-    Ok(shown)
+    with_detached(
+        lab,
+        "net",
+        &format!("{options} {IMAGE} sh -c '{command}'"),
+        &format!(
+            "{FUNCTIONS}
+             pid=$(nerdctl inspect -f '{{{{.State.Pid}}}}' net)
+             {script}"
+        ),
+    )
 }
 
 fn same_as_namespace(lab: &Lab) -> Result<()> {
@@ -58,7 +54,7 @@ fn same_as_namespace(lab: &Lab) -> Result<()> {
         lab,
         "",
         "exec sleep 999",
-        r#"echo "namespace: $(nsenter -t $pid -n -m true 2>/dev/null; nsenter -t $pid -n unshare -m sh -c "mount -t sysfs sysfs /sys; $tables" | tr '\n' ' ')"
+        r#"echo "namespace: $(nsenter -t $pid -n unshare -m sh -c "mount -t sysfs sysfs /sys; $tables" | tr '\n' ' ')"
            echo "guest: $(nerdctl exec net sh -c "$tables" | tr '\n' ' ')"
            address=$(nerdctl inspect -f '{{.NetworkSettings.IPAddress}}' net)
            echo "address: $address"
@@ -144,7 +140,9 @@ fn later(lab: &Lab) -> Result<()> {
            wait_for guest 'grep -q 1400 /sys/class/net/later0/mtu' && echo larger
            ip link del laterh
            wait_for guest '! [ -e /sys/class/net/later0 ]' && echo went
-           wait_for sh -c "! $in_pod ip -o link | grep 'bulkhead[0-9]*:' | grep -v '@NONE' | awk '{ n++ } END { exit n < 2 }'" && echo one tap
+           taps() { $in_pod ip -o link | grep -c 'bulkhead[0-9]*:'; }
+           one_tap() { [ "$(taps)" = 1 ]; }
+           wait_for one_tap && echo one tap
            ping -c 1 -w 30 $(nerdctl inspect -f '{{.NetworkSettings.IPAddress}}' net) >/dev/null && echo still there"#,
     )?;
     let wanted = [
