@@ -14,6 +14,9 @@ export BULKHEAD_CACHE
 # again; one for each set of them and each compiler.
 toolchain := $(shell { cat Cargo.lock; cargo --version; } 2>/dev/null | sha256sum | cut -c1-16)
 export CARGO_TARGET_DIR ?= $(BULKHEAD_CACHE)/target/$(toolchain)
+ifneq ($(filter-out help,$(MAKECMDGOALS)),)
+claimed := $(shell CARGO_TARGET_DIR=$(CARGO_TARGET_DIR) tests/claim-target)
+endif
 
 DENY_VERSION := 0.20.2
 DENY := $(BULKHEAD_CACHE)/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
@@ -79,7 +82,7 @@ test: ## Everything that must hold before a change lands
 lint: $(DENY) ## Formatting, lints, dependencies, documentation
 	$(call step,format)
 	cargo fmt --all --check
-	shellcheck .ci/run tests/setup tests/demo tests/fuzz/run tests/fuzz/instrumented-rustc guest-kernel-config/build examples/*.sh examples/crictl/run.sh
+	shellcheck .ci/run tests/setup tests/demo tests/claim-target tests/fuzz/run tests/fuzz/instrumented-rustc guest-kernel-config/build examples/*.sh examples/crictl/run.sh
 	$(call step,lints)
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
 	$(call step,dependencies)

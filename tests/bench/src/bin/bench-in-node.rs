@@ -127,6 +127,8 @@ fn qemu(kernel: &Path, initramfs: &Path) -> Command {
             "-M",
             "microvm,acpi=on,x-option-roms=off,pit=off,pic=off,rtc=off",
         ])
+        // Its usual firmware waits for the PIT, which is not there.
+        .args(["-bios", "qboot.rom"])
         .args(["-enable-kvm", "-cpu", "host", "-smp", "1", "-m", "512"])
         .args([
             "-nodefaults",

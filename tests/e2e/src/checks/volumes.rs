@@ -241,7 +241,8 @@ fn refused(lab: &Lab) -> Result<()> {
 const LAYERS: &str = r#"
 set -e
 rm -rf /tmp/layers; mkdir -p /tmp/layers/tree; cd /tmp/layers
-ctr images export base.tar docker.io/library/busybox:latest
+# Without --local, ctr can end before all of the archive is written.
+ctr images export --local base.tar docker.io/library/busybox:latest
 tar xf base.tar
 field() { grep -o "\"$1\":[^]}]*" manifest.json | head -n 1 | cut -d: -f2- | tr -d '[]"' ; }
 config=$(field Config | cut -d, -f1); layers="\"$(field Layers)\""
