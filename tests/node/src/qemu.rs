@@ -146,9 +146,8 @@ pub struct Machine<'a> {
 const KERNEL_PARAMETERS: &str = "console=ttyS0 loglevel=5 panic=-1 apparmor=1 security=apparmor net.ifnames=0 \
  rcupdate.rcu_expedited=1";
 /// For an emulated CPU: its mitigations cost time and protect nothing, its clock is steady but slow, and a busy machine
-/// stalls it for seconds. Its TLB knows no address space identifiers, by which KVM flushes a guest's translations when the
-/// node moves a page of the guest's memory: so nothing may move one, and transparent huge pages are off.
-const EMULATED_PARAMETERS: &str = "transparent_hugepage=never mitigations=off nokaslr tsc=reliable no_timer_check watchdog_thresh=60 \
+/// stalls it for seconds. KVM's waiting for a guest that may go on soon takes the one CPU from whoever would let it.
+const EMULATED_PARAMETERS: &str = "transparent_hugepage=never kvm.halt_poll_ns=0 mitigations=off nokaslr tsc=reliable no_timer_check watchdog_thresh=60 \
      rcupdate.rcu_cpu_stall_timeout=180 hung_task_timeout_secs=600";
 
 impl Machine<'_> {
