@@ -1,6 +1,7 @@
 //! The user's program: found, then executed. Errors read as those of other OCI
 //! runtimes, since clients and their users know them.
 
+use std::collections::HashSet;
 use std::convert::Infallible;
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
@@ -54,7 +55,7 @@ impl Program {
     /// arguments and environment.
     pub fn try_new(path: PathBuf, process: &Process) -> Result<Self, ProgramError> {
         let asked = process.args().as_deref().unwrap_or_default();
-        let mut environment = process.env().clone().unwrap_or_default();
+        let mut environment = last_of_each(process.env().as_deref().unwrap_or_default());
         if !environment.iter().any(|entry| entry.starts_with("HOME=")) {
             environment.push(format!("HOME={}", home_directory(process.user().uid())));
         }
@@ -93,6 +94,20 @@ fn c_strings(texts: &[String], field: &'static str) -> Result<Vec<CString>, Prog
         .iter()
         .map(|text| CString::new(text.as_str()).map_err(|_| ProgramError::Nul { field }))
         .collect()
+}
+
+/// What is set twice is set to the last: programs differ in which they would take.
+fn last_of_each(environment: &[String]) -> Vec<String> {
+    let name = |entry: &str| entry.split('=').next().map(str::to_owned);
+    let mut seen = HashSet::new();
+    let mut kept: Vec<_> = environment
+        .iter()
+        .rev()
+        .filter(|entry| seen.insert(name(entry)))
+        .cloned()
+        .collect();
+    kept.reverse();
+    kept
 }
 
 /// `PATH` of the container's environment; the last one counts, as in Go's environment.
@@ -164,6 +179,12 @@ mod tests {
     fn find_relative_search_path_entry_is_skipped() {
         assert!(find("sh", ":.:bin").is_err());
         assert_eq!(find("sh", ":/nowhere:/bin").unwrap(), Path::new("/bin/sh"));
+    }
+
+    #[test]
+    fn last_of_each_keeps_the_last_in_its_place() {
+        let environment = ["A=1", "B=", "A=2=3", "C"].map(str::to_owned);
+        assert_eq!(last_of_each(&environment), ["B=", "A=2=3", "C"]);
     }
 
     #[test]

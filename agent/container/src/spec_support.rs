@@ -67,15 +67,17 @@ pub fn parse_resources(json: &[u8]) -> Result<LinuxResources, ParseError> {
     parse_below("linux.resources.", json)
 }
 
-/// The specification's spelling of a flag of `process.scheduler`, and that of
+/// The specification's spelling of flags of `process.scheduler`, each with that of
 /// the crate whose types are read here (oci-spec 0.10).
-const DL_OVERRUN: [&str; 2] = ["SCHED_FLAG_DL_OVERRUN", "SCHED_FLAG_D_L_OVERRUN"];
+const SPELLINGS: [[&str; 2]; 2] = [
+    ["SCHED_FLAG_DL_OVERRUN", "SCHED_FLAG_D_L_OVERRUN"],
+    ["SCHED_FLAG_RESET_ON_FORK", "SCHED_RESET_ON_FORK"],
+];
 
-/// Spells as the types do; `None` for what spells so anyway, as all but that one flag does.
+/// Spells as the types do; `None` for what spells so anyway, as all but those flags do.
 fn respelled(place: &str, json: &[u8]) -> Option<Vec<u8>> {
-    let quoted = format!("{:?}", DL_OVERRUN[0]);
-    json.windows(quoted.len())
-        .find(|window| *window == quoted.as_bytes())?;
+    let start = b"\"SCHED_FLAG_";
+    json.windows(start.len()).find(|window| window == start)?;
     let mut value: serde_json::Value = serde_json::from_slice(json).ok()?;
     let pointer = if place.is_empty() {
         "/process/scheduler/flags"
@@ -83,8 +85,10 @@ fn respelled(place: &str, json: &[u8]) -> Option<Vec<u8>> {
         "/scheduler/flags"
     };
     let flags = value.pointer_mut(pointer)?.as_array_mut()?;
-    for flag in flags.iter_mut().filter(|flag| *flag == DL_OVERRUN[0]) {
-        *flag = DL_OVERRUN[1].into();
+    for flag in flags {
+        if let Some([_, types]) = SPELLINGS.iter().find(|[spec, _]| flag == spec) {
+            *flag = (*types).into();
+        }
     }
     Some(value.to_string().into_bytes())
 }

@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
+use std::time::{Duration, Instant};
 
 use agent_container::{
     Container, ContainerStdio, CreateError, CreateOptions, ExecError, Process, create, parse,
@@ -302,4 +303,17 @@ pub fn write_file(path: &Path, text: &str) {
         .unwrap()
         .write_all(text.as_bytes())
         .unwrap();
+}
+
+/// A container's processes, once there are so many: the helper that made it may still be on
+/// its way out.
+pub fn pids(container: &Container, count: usize) -> Vec<i32> {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let pids = container.pids().unwrap();
+        if pids.len() == count || Instant::now() > deadline {
+            return pids;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }

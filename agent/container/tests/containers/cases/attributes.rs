@@ -28,7 +28,7 @@ pub fn run_scheduler(host: &Host) {
     for (scheduler, number) in [
         (json!({"policy": "SCHED_OTHER", "nice": 5}), "0"),
         (
-            json!({"policy": "SCHED_FIFO", "priority": 3, "flags": ["SCHED_RESET_ON_FORK"]}),
+            json!({"policy": "SCHED_FIFO", "priority": 3, "flags": ["SCHED_FLAG_RESET_ON_FORK"]}),
             "1",
         ),
         (json!({"policy": "SCHED_RR", "priority": 4}), "2"),
