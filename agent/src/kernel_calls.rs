@@ -1,13 +1,15 @@
 //! The kernel interfaces that no crate wraps.
 #![expect(
     unsafe_code,
-    reason = "ioctl, adjtimex and waitid take pointers to structures"
+    reason = "ioctl, adjtimex and waitid take pointers to structures, signal a function"
 )]
 
 use std::{
     io,
     os::fd::{AsFd, AsRawFd},
 };
+
+use nix::sys::signal::{SigHandler, Signal, signal};
 
 /// Bytes of one [`add_entropy`] call.
 pub const ENTROPY_BYTES: usize = 64;
@@ -130,4 +132,13 @@ pub fn reap_child() -> io::Result<Option<EndedChild>> {
         code: info.si_code,
         status,
     }))
+}
+
+/// Has the kernel forget every child of this process as it ends.
+///
+/// # Errors
+/// None that is known.
+pub fn forget_children() -> nix::Result<()> {
+    // SAFETY: an ignored signal runs no code of ours.
+    unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }.map(drop)
 }

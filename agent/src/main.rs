@@ -1,7 +1,7 @@
 //! The guest agent: PID 1 of a pod's VM. It creates the pod's containers,
 //! relays their standard streams, reaps every process, and powers the guest off
 //! when told. The same binary is the single-threaded helper that makes each
-//! container.
+//! container, and the init of a PID namespace that they share.
 
 mod clock;
 mod containers;
@@ -11,6 +11,7 @@ mod guest;
 mod kernel_calls;
 mod network;
 mod nonblocking;
+mod pid_namespaces;
 mod pod;
 mod reaper;
 mod service;
@@ -56,11 +57,12 @@ const FOR_EVER: Duration = Duration::from_hours(10 * 365 * 24);
 const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
 
 fn main() -> Result<()> {
-    if env::args_os()
-        .nth(1)
-        .is_some_and(|argument| argument == agent_container::HELPER_ARGUMENT)
-    {
+    let argument = env::args_os().nth(1).unwrap_or_default();
+    if argument == agent_container::HELPER_ARGUMENT {
         agent_container::helper_main();
+    }
+    if argument == pid_namespaces::POD_INIT_ARGUMENT {
+        pid_namespaces::pod_init_main();
     }
     ensure!(
         getpid().as_raw() == 1,

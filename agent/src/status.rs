@@ -53,7 +53,7 @@ fn code(error: &ContainerError) -> Code {
         },
         E::Cgroup { source, .. } => cgroup_code(source),
         E::WriteBack { source, .. } => pod_code(source),
-        E::Stdio { .. } | E::Alive { .. } => Code::INTERNAL,
+        E::Stdio { .. } | E::Alive { .. } | E::PidNamespace { .. } => Code::INTERNAL,
     }
 }
 

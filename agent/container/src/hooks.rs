@@ -61,12 +61,13 @@ pub enum HookError {
 /// What a hook reads on its standard input (runtime.md, "State").
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct State<'a> {
-    oci_version: &'a str,
-    id: &'a str,
+struct State {
+    oci_version: String,
+    id: String,
     status: &'static str,
+    /// In the container's PID namespace, so known only once the init is there.
     pid: u32,
-    bundle: &'a Path,
+    bundle: PathBuf,
     annotations: HashMap<String, String>,
 }
 
@@ -84,7 +85,10 @@ struct Ready {
 
 /// The hooks of a container that is about to start.
 #[derive(Debug, Default)]
-pub struct StartHooks(Vec<Ready>);
+pub struct StartHooks {
+    hooks: Vec<Ready>,
+    state: Option<State>,
+}
 
 /// Refuses a hook that cannot be meant.
 pub fn check(hooks: &Hooks) -> Result<(), Unsupported> {
@@ -115,36 +119,40 @@ impl StartHooks {
     pub fn prepare(spec: &Spec, id: &str, bundle: &Path) -> Result<Self, HookError> {
         let hooks = spec.hooks().as_ref();
         let hooks = hooks.and_then(|hooks| hooks.start_container().as_ref());
-        let state = State {
-            oci_version: spec.version(),
-            id,
-            status: "created",
-            // In the PID namespace, which is always the container's own.
-            pid: 1,
-            bundle,
-            annotations: spec.annotations().clone().unwrap_or_default(),
-        };
-        let ready = hooks.into_iter().flatten().map(|hook| {
-            Ready::try_new(hook, &state).map_err(|source| HookError::Prepare {
+        let hooks = hooks.into_iter().flatten().map(|hook| {
+            Ready::try_new(hook).map_err(|source| HookError::Prepare {
                 path: hook.path().clone(),
                 source,
             })
         });
-        Ok(Self(ready.collect::<Result<_, _>>()?))
+        let hooks: Vec<_> = hooks.collect::<Result<_, _>>()?;
+        let state = (!hooks.is_empty()).then(|| State {
+            oci_version: spec.version().clone(),
+            id: id.to_owned(),
+            status: "created",
+            pid: 0,
+            bundle: bundle.to_owned(),
+            annotations: spec.annotations().clone().unwrap_or_default(),
+        });
+        Ok(Self { hooks, state })
     }
 
     /// Runs them up to the first that fails; `confine` makes the calling process,
-    /// a child of the caller's, what the container's program will be.
+    /// a child of the caller's, what the container's program will be. The caller
+    /// is the container's init.
     pub fn run(&mut self, confine: impl Fn() -> bool) -> Result<(), HookError> {
-        self.0.iter_mut().try_for_each(|hook| hook.run(&confine))
+        if let Some(state) = &mut self.state {
+            state.pid = std::process::id();
+        }
+        for hook in &mut self.hooks {
+            hook.run(self.state.as_ref(), &confine)?;
+        }
+        Ok(())
     }
 }
 
 impl Ready {
-    fn try_new(hook: &Hook, state: &State<'_>) -> io::Result<Self> {
-        let mut input = memory_file()?;
-        serde_json::to_writer(&mut input, state)?;
-        input.seek(SeekFrom::Start(0))?;
+    fn try_new(hook: &Hook) -> io::Result<Self> {
         let strings = |texts: &[String]| {
             let texts = texts.iter().map(|text| CString::new(text.as_str()));
             texts
@@ -165,16 +173,23 @@ impl Ready {
                 .timeout()
                 .and_then(|seconds| u64::try_from(seconds).ok())
                 .map(Duration::from_secs),
-            input,
+            input: memory_file()?,
             output: memory_file()?,
         })
     }
 
-    fn run(&mut self, confine: &impl Fn() -> bool) -> Result<(), HookError> {
+    fn tell(&mut self, state: Option<&State>) -> io::Result<()> {
+        serde_json::to_writer(&mut self.input, &state)?;
+        self.input.seek(SeekFrom::Start(0)).map(drop)
+    }
+
+    fn run(&mut self, state: Option<&State>, confine: &impl Fn() -> bool) -> Result<(), HookError> {
         let failed = |path: &Path, source| HookError::Run {
             path: path.to_owned(),
             source,
         };
+        self.tell(state)
+            .map_err(|error| failed(&self.path, error))?;
         let cloned = clone_child(nix::sched::CloneFlags::empty());
         let (pid, pidfd) = match cloned.map_err(|error| failed(&self.path, error))? {
             Cloned::Child => self.become_it(confine),

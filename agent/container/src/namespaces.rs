@@ -120,9 +120,6 @@ pub fn check(spec: &Spec) -> Result<(), Unsupported> {
                     "a time namespace cannot be joined: set the same offsets",
                 );
             }
-            LinuxNamespaceType::Pid if path(namespace).is_some() => {
-                return refuse(kind, "a shared PID namespace is not supported yet");
-            }
             LinuxNamespaceType::Mount if path(namespace).is_some() => {
                 return refuse(kind, "a mount namespace cannot be joined");
             }
@@ -132,7 +129,7 @@ pub fn check(spec: &Spec) -> Result<(), Unsupported> {
     for (kind, reason) in [
         (
             LinuxNamespaceType::Pid,
-            "a shared PID namespace is not supported yet: ask for one of the container's own",
+            "the agent's own is never shared: name a new one or the pod's",
         ),
         (
             LinuxNamespaceType::Mount,
@@ -155,7 +152,20 @@ pub fn check(spec: &Spec) -> Result<(), Unsupported> {
             return refuse(kind, reason);
         }
     }
+    let own_user = new_ones(spec).contains(flag(LinuxNamespaceType::User));
+    if own_user && !own_pid(spec) {
+        // Nor would the kernel let its root mount a procfs.
+        return refuse(
+            LinuxNamespaceType::Pid,
+            "cannot be shared by a container with a user namespace of its own",
+        );
+    }
     Ok(())
+}
+
+/// Whether the container is alone in its PID namespace, and its init the first in it.
+pub fn own_pid(spec: &Spec) -> bool {
+    new_ones(spec).contains(flag(LinuxNamespaceType::Pid))
 }
 
 /// Makes the new time namespace that the caller's children will be in, with

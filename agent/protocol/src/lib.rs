@@ -45,6 +45,12 @@ pub const SHARE_DIR: &str = "/run/bulkhead/share";
 /// Where the guest keeps what the pod's containers share. Below it, made by the
 /// agent: `ns/net`, `ns/ipc`, `ns/uts` (namespaces) and `shm` (a tmpfs).
 pub const POD_DIR: &str = "/run/bulkhead/pod";
+/// The PID namespace of the pod, whose init is the agent's. Made for the first
+/// container whose configuration names it.
+pub const POD_PID_NAMESPACE: &str = "/run/bulkhead/pod/ns/pid";
+/// A configuration that names `<container id>` below it has its container join
+/// the PID namespace of that one, which must run.
+pub const PID_NAMESPACES_DIR: &str = "/run/bulkhead/pod/ns/pid-of";
 
 /// Below [`POD_DIR`]: where the guest mounts the shares of volumes whose servers
 /// may not answer, each by its number in `CreatePodRequest.remote_share_tags`.

@@ -9,7 +9,7 @@ use agent_container::{
 use agent_protocol::{SHARE_DIR, api::ProcessId};
 use thiserror::Error;
 
-use crate::pod::PodError;
+use crate::{pid_namespaces::Shared, pod::PodError};
 
 /// Longest identity: what containerd allows.
 pub const MAX_ID_BYTES: usize = 76;
@@ -60,6 +60,15 @@ pub enum ContainerError {
     Rootfs {
         /// As asked for.
         path: PathBuf,
+    },
+    /// There is none to share.
+    #[error("cannot share the PID namespace of {shared}")]
+    PidNamespace {
+        /// As asked for.
+        shared: Shared,
+        /// Why.
+        #[source]
+        source: io::Error,
     },
     /// No such process.
     #[error("no {process}")]

@@ -14,9 +14,11 @@ use std::{
 
 use agent_container::{CgroupError, Container, Figures, SignalError};
 use agent_protocol::api::{ProcessId, Stdio, stream_header::Kind};
+use oci_spec::runtime::Spec;
 use tokio::{task::spawn_blocking, time::timeout};
 
 use crate::{
+    pid_namespaces::{PidNamespaces, Shared},
     pod,
     reaper::{Exit, ExitWatch, Reaper},
     stdio::{StreamKey, StreamTable},
@@ -38,6 +40,7 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Containers {
     reaper: Arc<Reaper>,
     streams: Arc<StreamTable>,
+    pid_namespaces: PidNamespaces,
     /// `None` while a container is being created: its identity is taken.
     table: Mutex<HashMap<String, Option<Arc<Entry>>>>,
 }
@@ -48,6 +51,7 @@ impl Containers {
         Self {
             reaper,
             streams,
+            pid_namespaces: PidNamespaces::default(),
             table: Mutex::default(),
         }
     }
@@ -73,12 +77,33 @@ impl Containers {
         let stdio = stdio.clone();
         let (id, bundle) = (id.to_owned(), bundle.to_owned());
         let made = blocking(move || {
+            this.share_pid_namespace(&spec)?;
             creation::create(&this.reaper, &this.streams, &id, &bundle, &spec, &stdio)
         });
         let entry = made.await?;
         let pid = entry.container.init().pid();
         reservation.fill(Arc::new(entry));
         Ok(pid)
+    }
+
+    /// Provides the PID namespace of another that a configuration names. Blocks.
+    fn share_pid_namespace(&self, spec: &Spec) -> Result<(), ContainerError> {
+        let Some(shared) = Shared::asked(spec) else {
+            return Ok(());
+        };
+        let held = match &shared {
+            Shared::Pod => self.pid_namespaces.hold_pod(),
+            Shared::Of(id) => {
+                check_id(id)?;
+                let pid = self.running(id)?.init().pid().unsigned_abs();
+                let held = self.pid_namespaces.hold_of(id, pid);
+                // The pid meant that container until here, or it must not be joined.
+                self.running(id)
+                    .inspect_err(|_| self.pid_namespaces.let_go_of(id))?;
+                held
+            }
+        };
+        held.map_err(|source| ContainerError::PidNamespace { shared, source })
     }
 
     /// Creates a process in a container, which waits to be started; returns its
@@ -303,6 +328,7 @@ impl Containers {
             // For whoever still waits: the count goes with the cgroup.
             entry.oom_kills();
             self.take_apart(id, entry, &mut init.exit, &execs).await?;
+            self.pid_namespaces.let_go_of(id);
             self.streams.remove(name);
             for (exec_id, _) in execs {
                 self.streams.remove(&ProcessId {

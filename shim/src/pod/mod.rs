@@ -161,7 +161,7 @@ impl Pod {
         };
         let vsock_path = paths.vsock_socket();
         let remote_shares = remote_shares(first).await?;
-        let size = Size::of(&first.membership, first.limits, size::Host::this());
+        let size = Size::of(first.limits, size::Host::this());
         let started = blocking(move || {
             let mut host = make(cgroup)?;
             match start(host.as_mut(), &vsock_path, &network, size, remote_shares) {

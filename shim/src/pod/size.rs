@@ -18,26 +18,52 @@ const PAGE_STRUCTURES: u64 = 64;
 
 const MIB: u64 = 1 << 20;
 
-/// What `linux.resources` limits a container to, as far as it says how large a
+/// What a lone container, or a pod, is limited to, as far as it says how large its
 /// VM has to be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
-    /// `memory.limit`.
+    /// Of `memory.limit`.
     memory_bytes: Option<u64>,
-    /// `cpu.quota` of each `cpu.period`, rounded up.
+    /// Of `cpu.quota` in each `cpu.period`, rounded up.
     cpus: Option<u64>,
     /// The last of `cpu.cpus`.
     last_cpu: Option<u64>,
 }
 
-impl Limits {
-    /// What a configuration says. What is no limit, or cannot be read, is none:
-    /// the agent, which applies them, refuses what is wrong.
-    pub fn of(spec: &Value) -> Self {
-        // The period that the kernel takes unless it is told another
-        // (cgroup-v2.rst, cpu.max).
-        const PERIOD_US: u64 = 100_000;
+/// The period that the kernel takes unless it is told another (cgroup-v2.rst,
+/// cpu.max).
+const PERIOD_US: u64 = 100_000;
 
+impl Limits {
+    /// What the configuration of a pod's first container says of all that will be
+    /// in it. What is no limit, or cannot be read, is none: the agent, which
+    /// applies them, refuses what is wrong.
+    pub fn of(spec: &Value, membership: &Membership) -> Self {
+        match membership {
+            Membership::Alone => Self::of_resources(spec),
+            Membership::Sandbox => Self::of_annotations(spec),
+            // A pod is never made for one of these.
+            Membership::Member { .. } => Self::default(),
+        }
+    }
+
+    /// Of a pod by the annotations that containerd gives its sandbox (containerd,
+    /// `internal/cri/annotations`), from what the kubelet says of the pod.
+    fn of_annotations(spec: &Value) -> Self {
+        let number = |name: &str| {
+            let text = spec.pointer(&format!("/annotations/io.kubernetes.cri.sandbox-{name}"))?;
+            let number = text.as_str()?.parse().ok()?;
+            Some(number).filter(|number: &u64| *number > 0)
+        };
+        let period = number("cpu-period").unwrap_or(PERIOD_US);
+        Self {
+            memory_bytes: number("memory"),
+            cpus: number("cpu-quota").map(|quota| quota.div_ceil(period)),
+            last_cpu: None,
+        }
+    }
+
+    fn of_resources(spec: &Value) -> Self {
         let number = |pointer: &str| {
             let value = spec.pointer(pointer).and_then(Value::as_i64)?;
             u64::try_from(value).ok().filter(|number| *number > 0)
@@ -95,13 +121,8 @@ pub struct Size {
 }
 
 impl Size {
-    /// For a pod whose first container is limited so. One that holds a pod's other
-    /// containers says nothing of what those will be.
-    pub fn of(membership: &Membership, limits: Limits, host: Host) -> Self {
-        let limits = match membership {
-            Membership::Alone => limits,
-            Membership::Sandbox | Membership::Member { .. } => Limits::default(),
-        };
+    /// For a pod that is limited so.
+    pub fn of(limits: Limits, host: Host) -> Self {
         // As many as it can use at once, and those that it is pinned to.
         let wanted = limits.last_cpu.map_or(1, |last| last.saturating_add(1));
         let wanted = wanted.max(limits.cpus.unwrap_or(1));
@@ -146,7 +167,11 @@ mod tests {
 
     fn size(membership: &Membership, resources: &Value) -> (u8, u32) {
         let spec = json!({"linux": {"resources": resources}});
-        let size = Size::of(membership, Limits::of(&spec), HOST);
+        size_of(&spec, membership)
+    }
+
+    fn size_of(spec: &Value, membership: &Membership) -> (u8, u32) {
+        let size = Size::of(Limits::of(spec, membership), HOST);
         assert_eq!(size.vcpus.boot, size.vcpus.max);
         (size.vcpus.boot, size.memory.size_mib)
     }
@@ -173,9 +198,25 @@ mod tests {
     }
 
     #[test]
-    fn size_of_a_sandbox_is_the_default() {
+    fn size_of_a_pod_is_not_that_of_its_sandbox_container() {
         let resources = json!({"memory": {"limit": 1 << 30}, "cpu": {"quota": 300_000}});
         assert_eq!(size(&Membership::Sandbox, &resources), (1, 512));
+    }
+
+    #[test]
+    fn size_of_a_pod_fits_what_the_kubelet_says_of_it() {
+        let of = |quota: &str, period: &str, memory: &str| {
+            let spec = json!({"annotations": {
+                "io.kubernetes.cri.sandbox-cpu-quota": quota,
+                "io.kubernetes.cri.sandbox-cpu-period": period,
+                "io.kubernetes.cri.sandbox-memory": memory,
+            }});
+            size_of(&spec, &Membership::Sandbox)
+        };
+        assert_eq!(of("250000", "100000", "1073741824"), (3, 1024 + 16 + 64));
+        assert_eq!(of("0", "0", "0"), (1, 512));
+        assert_eq!(of("-1", "100000", "much"), (1, 512));
+        assert_eq!(of("150000", "0", "1"), (2, 128));
     }
 
     #[test]
@@ -195,7 +236,7 @@ mod tests {
                 "cpu": {"quota": quota, "period": period, "cpus": cpus},
             }}});
             let host = Host { cpus: count, memory_bytes };
-            let size = Size::of(&Membership::Alone, Limits::of(&spec), host);
+            let size = Size::of(Limits::of(&spec, &Membership::Alone), host);
             prop_assert!((1..=MAX_VCPUS).contains(&size.vcpus.boot));
             prop_assert!((MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&size.memory.size_mib));
         }

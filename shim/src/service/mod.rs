@@ -25,7 +25,7 @@ use crate::pod::host_side::Maker;
 use crate::pod::machine::End;
 use crate::pod::process::{ExecRequest, Process};
 use crate::pod::{Pod, chain};
-use crate::spec::{self, GuestSpec, HostView, Membership};
+use crate::spec::{self, GuestSpec, HostView, Membership, Peers};
 use crate::task::{Exit, WrongState};
 
 /// `_NSIG` of Linux: the last of the real-time signals.
@@ -214,17 +214,26 @@ impl Shim {
         request: Request,
     ) -> Result<(Pod, Container), Error> {
         let spec = spec::read(&request.bundle).map_err(crate::pod::Error::from)?;
-        let sandbox_pid = self
-            .live_tasks()
-            .iter()
-            .find(|task| task.container.is_sandbox())
-            .map(|task| task.container.pid());
         let (host_view, guest_spec) =
-            GuestSpec::split(spec, &request.id, sandbox_pid).map_err(crate::pod::Error::from)?;
+            GuestSpec::split(spec, &request.id, &self.peers()).map_err(crate::pod::Error::from)?;
         let pod = self.pod_for(&request.id, &host_view).await?;
         let container =
             Container::create(&pod, request, host_view, guest_spec, self.paths.namespace()).await?;
         Ok((pod, container))
+    }
+
+    fn peers(&self) -> Peers {
+        let mut peers = Peers::default();
+        for task in self.live_tasks() {
+            let container = &task.container;
+            if container.is_sandbox() {
+                peers.sandbox = Some(container.pid());
+            } else {
+                let id = container.id().to_owned();
+                peers.containers.insert(container.pid(), id);
+            }
+        }
+        peers
     }
 
     /// The pod that a container is created in.

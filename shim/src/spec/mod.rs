@@ -4,6 +4,7 @@
 mod binds;
 mod hooks;
 mod membership;
+mod namespaces;
 mod rewrite;
 
 use std::fs::File;
@@ -15,6 +16,7 @@ use thiserror::Error;
 
 pub use binds::Volumes;
 pub use membership::Membership;
+pub use namespaces::Peers;
 pub use rewrite::{GuestSpec, HostView, IntoJsonError};
 
 /// Largest `config.json` that is read: far above any real one (the default

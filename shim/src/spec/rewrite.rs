@@ -2,10 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use agent_protocol::{POD_DIR, SHARE_DIR};
+use agent_protocol::SHARE_DIR;
 use serde_json::{Value, json};
 
 use super::binds::{self, Volumes, is_bind};
+use super::namespaces::{Namespaces, Peers};
 use super::{Error, Membership, hooks, text};
 use crate::host::pod::ContainerHooks;
 use crate::pod::size::Limits;
@@ -27,7 +28,7 @@ pub struct HostView {
     pub network_path: Option<PathBuf>,
     /// The CRI's `/dev/shm` on the host, whose size the pod's gets.
     pub shm_source: Option<PathBuf>,
-    /// What `linux.resources` limits it to.
+    /// What it limits its pod to, if it is the pod's first.
     pub limits: Limits,
     /// The files and directories that it binds, each with the index of its mount.
     pub bind_sources: Vec<(usize, PathBuf)>,
@@ -45,8 +46,7 @@ pub struct GuestSpec {
 }
 
 impl GuestSpec {
-    /// Splits the configuration of `container_id`. `sandbox_pid` is the pid of
-    /// the pod's sandbox as clients see it, once there is one.
+    /// Splits the configuration of `container_id`, in a pod of `peers`.
     ///
     /// # Errors
     /// On what the OCI specification does not allow, and, by name, on what a
@@ -54,7 +54,7 @@ impl GuestSpec {
     pub fn split(
         mut spec: Value,
         container_id: &str,
-        sandbox_pid: Option<u32>,
+        peers: &Peers,
     ) -> Result<(HostView, Self), Error> {
         if !spec.is_object() {
             return Err(Error::field("", "is not an object"));
@@ -64,7 +64,7 @@ impl GuestSpec {
         let root = text(&spec, "/root/path")
             .ok_or_else(|| Error::field("root.path", "missing"))?
             .into();
-        let namespaces = Namespaces::rewrite(&mut spec, &membership, sandbox_pid)?;
+        let namespaces = Namespaces::rewrite(&mut spec, &membership, peers)?;
         let shm_source = cri_shm(&spec, membership.pod_id(container_id));
         let host = HostView {
             hooks,
@@ -75,7 +75,7 @@ impl GuestSpec {
                 .map(str::to_owned),
             network_path: namespaces.network_path,
             shm_source: shm_source.clone(),
-            limits: Limits::of(&spec),
+            limits: Limits::of(&spec, &membership),
             bind_sources: binds::sources(&spec["mounts"], shm_source.as_deref()),
             own_pid_namespace: namespaces.own_pid,
             membership,
@@ -151,100 +151,6 @@ fn cri_shm(spec: &Value, pod_id: &str) -> Option<PathBuf> {
         .filter(|mount| is_bind(mount) && text(mount, "/destination") == Some("/dev/shm"))
         .filter_map(|mount| text(mount, "/source").map(PathBuf::from))
         .find(|source| source.ends_with(&tail))
-}
-
-#[derive(Debug, Default)]
-struct Namespaces {
-    network_path: Option<PathBuf>,
-    own_pid: bool,
-}
-
-impl Namespaces {
-    /// Points the pod's shared namespaces to where the guest keeps them.
-    fn rewrite(
-        spec: &mut Value,
-        membership: &Membership,
-        sandbox_pid: Option<u32>,
-    ) -> Result<Self, Error> {
-        let mut found = Self::default();
-        let mut shared = [("network", false), ("ipc", false), ("uts", false)];
-        let namespaces = spec
-            .pointer_mut("/linux/namespaces")
-            .and_then(Value::as_array_mut)
-            .ok_or_else(|| Error::field("linux.namespaces", "missing"))?;
-        for (index, namespace) in namespaces.iter_mut().enumerate() {
-            let field = format!("linux.namespaces[{index}]");
-            let kind = text(namespace, "/type")
-                .ok_or_else(|| Error::field(format!("{field}.type"), "missing"))?
-                .to_owned();
-            let path = text(namespace, "/path")
-                .filter(|path| !path.is_empty())
-                .map(PathBuf::from);
-            let place = shared.iter_mut().find(|(name, _)| *name == kind);
-            let Some((_, present)) = place else {
-                if let Some(path) = path {
-                    // The sandbox runs nowhere. Each container gets a user
-                    // namespace of its own, in which the same mappings, which
-                    // its configuration has too, make it the same users.
-                    if kind == "user" && is_of_sandbox(&path, membership, sandbox_pid) {
-                        if let Some(namespace) = namespace.as_object_mut() {
-                            namespace.remove("path");
-                        }
-                        continue;
-                    }
-                    return Err(refuse_path(&format!("{field}.path"), &kind, &path));
-                }
-                found.own_pid |= kind == "pid";
-                continue;
-            };
-            *present = true;
-            if let Some(path) = &path
-                && !is_of_sandbox(path, membership, sandbox_pid)
-            {
-                // Only the network's namespace exists on the host before the
-                // pod: CNI made it. A process's is another pod's.
-                if kind != "network" || path.starts_with("/proc") {
-                    return Err(refuse_path(&format!("{field}.path"), &kind, path));
-                }
-                found.network_path = Some(path.clone());
-            }
-            let guest_name = if kind == "network" { "net" } else { &kind };
-            namespace["path"] = json!(format!("{POD_DIR}/ns/{guest_name}"));
-        }
-        for (kind, present) in shared {
-            if !present {
-                return Err(Error::unsupported(
-                    "linux.namespaces",
-                    format!(
-                        "the host's {kind} namespace was asked for (no {kind} namespace): not supported, a pod's {kind} ends at its VM"
-                    ),
-                ));
-            }
-        }
-        Ok(found)
-    }
-}
-
-/// Whether a path names a namespace of the pod's own sandbox. Such a path is
-/// mapped, never opened: the namespace behind it is the stand-in's.
-fn is_of_sandbox(path: &Path, membership: &Membership, sandbox_pid: Option<u32>) -> bool {
-    let (Membership::Member { .. }, Some(pid)) = (membership, sandbox_pid) else {
-        return false;
-    };
-    path.starts_with(format!("/proc/{pid}/ns"))
-}
-
-fn refuse_path(field: &str, kind: &str, path: &Path) -> Error {
-    let path = path.display();
-    let reason = match kind {
-        "pid" => format!(
-            "{path}: sharing a PID namespace between containers is not supported yet; use the container's own (pid mode CONTAINER)"
-        ),
-        _ => format!(
-            "{path}: joining a {kind} namespace from outside the pod is not supported: it would have to reach into a VM"
-        ),
-    };
-    Error::unsupported(field, reason)
 }
 
 #[cfg(test)]

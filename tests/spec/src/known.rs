@@ -157,12 +157,6 @@ pub const KNOWN: &[Known] = &[
     ),
     refused(
         &[Bulkhead],
-        "linux.namespaces: no pid",
-        "linux.namespaces: pid",
-        "a container has one of its own, apart from the agent's",
-    ),
-    refused(
-        &[Bulkhead],
         "linux.namespaces: no mount",
         "linux.namespaces: mount",
         "a container has one of its own, apart from the agent's",

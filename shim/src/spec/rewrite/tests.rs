@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::host::mounts::Access;
 use crate::host::volumes::Placed;
+use agent_protocol::POD_DIR;
 
 /// Numbers the sources.
 #[derive(Default)]
@@ -65,14 +66,23 @@ fn member(namespaces: &Value) -> Value {
     })
 }
 
+/// With container `d`, whose pid is 79.
+fn peers(sandbox: Option<u32>) -> Peers {
+    let containers = [(79, "d".to_owned())].into();
+    Peers {
+        sandbox,
+        containers,
+    }
+}
+
 fn rewritten(spec: Value, sandbox_pid: Option<u32>) -> (HostView, Value) {
-    let (host, guest) = GuestSpec::split(spec, "c", sandbox_pid).expect("splits");
+    let (host, guest) = GuestSpec::split(spec, "c", &peers(sandbox_pid)).expect("splits");
     let json = guest.into_json(&mut Counted::default()).expect("rewrites");
     (host, serde_json::from_slice(&json).expect("is JSON"))
 }
 
 fn refusal(spec: Value, sandbox_pid: Option<u32>) -> String {
-    GuestSpec::split(spec, "c", sandbox_pid)
+    GuestSpec::split(spec, "c", &peers(sandbox_pid))
         .expect_err("is refused")
         .to_string()
 }
@@ -159,13 +169,57 @@ fn rewrite_namespace_of_another_pod_is_refused() {
     assert!(refused.contains("/proc/78/ns/net"), "{refused}");
 }
 
-#[test]
-fn rewrite_shared_pid_namespace_is_refused_by_name() {
-    let namespaces = json!([
-        {"type": "pid", "path": "/proc/77/ns/pid"},
-        {"type": "network", "path": "/proc/77/ns/net"}, {"type": "ipc"}, {"type": "uts"},
+fn pid_path(namespaces: Value, sandbox: Option<u32>) -> (HostView, Value) {
+    let mut all = json!([
+        {"type": "network", "path": "/proc/77/ns/net"},
+        {"type": "ipc", "path": "/proc/77/ns/ipc"},
+        {"type": "uts", "path": "/proc/77/ns/uts"},
     ]);
-    assert!(refusal(member(&namespaces), Some(77)).contains("PID namespace"));
+    let (Value::Array(all_of_them), Value::Array(more)) = (&mut all, namespaces) else {
+        panic!("no lists");
+    };
+    all_of_them.extend(more);
+    let (host, guest) = rewritten(member(&all), sandbox);
+    let path = guest["linux"]["namespaces"][3]["path"].clone();
+    (host, path)
+}
+
+#[test]
+fn rewrite_pid_namespace_of_the_sandbox_is_the_pods() {
+    let (host, path) = pid_path(
+        json!([{"type": "pid", "path": "/proc/77/ns/pid"}]),
+        Some(77),
+    );
+    assert_eq!(path, "/run/bulkhead/pod/ns/pid");
+    assert!(!host.own_pid_namespace);
+}
+
+#[test]
+fn rewrite_pid_namespace_of_the_host_is_the_pods() {
+    let (host, path) = pid_path(json!([]), Some(77));
+    assert_eq!(path, "/run/bulkhead/pod/ns/pid");
+    assert!(!host.own_pid_namespace);
+}
+
+#[test]
+fn rewrite_pid_namespace_of_another_container_is_that_ones() {
+    let (host, path) = pid_path(
+        json!([{"type": "pid", "path": "/proc/79/ns/pid"}]),
+        Some(77),
+    );
+    assert_eq!(path, "/run/bulkhead/pod/ns/pid-of/d");
+    assert!(!host.own_pid_namespace);
+}
+
+#[test]
+fn rewrite_pid_namespace_from_outside_the_pod_is_refused() {
+    let mut namespaces = namespaces();
+    namespaces[0]["path"] = json!("/proc/80/ns/pid");
+    assert!(refusal(member(&namespaces), Some(77)).contains("/proc/80/ns/pid"));
+    // A lone container has no peers.
+    let mut spec = lone();
+    spec["linux"]["namespaces"][0]["path"] = json!("/proc/79/ns/pid");
+    assert!(refusal(spec, None).contains("/proc/79/ns/pid"));
 }
 
 #[test]
@@ -194,7 +248,7 @@ fn rewrite_network_made_by_cni_is_left_to_the_host() {
 fn rewrite_relative_bind_source_is_refused() {
     let mut spec = lone();
     spec["mounts"][2]["source"] = json!("a");
-    let (_, guest) = GuestSpec::split(spec, "c", None).expect("splits");
+    let (_, guest) = GuestSpec::split(spec, "c", &peers(None)).expect("splits");
     let error = guest
         .into_json(&mut Counted::default())
         .expect_err("is refused");
@@ -237,7 +291,7 @@ fn any_json() -> impl Strategy<Value = Value> {
 proptest! {
     #[test]
     fn rewrite_any_json_never_panics_nor_lets_a_host_path_through(spec in any_json()) {
-        if let Ok((_, guest)) = GuestSpec::split(spec, "c", Some(1))
+        if let Ok((_, guest)) = GuestSpec::split(spec, "c", &peers(Some(1)))
             && let Ok(json) = guest.into_json(&mut Counted::default())
         {
             let spec: Value = serde_json::from_slice(&json).expect("is JSON");

@@ -111,22 +111,40 @@ fn shared_namespaces(lab: &Lab, pod: &str) -> Result<()> {
         "net, ipc and uts are not the pod's: {logs}"
     );
     ensure!(lines[0].ends_with("podhost"), "hostname: {logs}");
+    sized(&logs)?;
     let alone = logs.lines().filter(|line| *line == "pid 1").count();
     ensure!(alone == 2, "a container is not pid 1 of its own: {logs}");
+    Ok(())
+}
+
+/// 300 MiB, which the pod is limited to, fit into the VM, and not much more.
+fn sized(logs: &str) -> Result<()> {
+    let sizes = logs
+        .lines()
+        .filter_map(|line| line.strip_prefix("MemTotal:"));
+    let sizes: Vec<_> = sizes.collect();
+    ensure!(sizes.len() == 2, "{logs}");
+    for size in sizes {
+        let kib: u64 = size.trim().trim_end_matches("kB").trim().parse()?;
+        ensure!((300..370).contains(&(kib / 1024)), "the VM has {size}");
+    }
     Ok(())
 }
 
 const POD: &str = r#"{
   "metadata": { "name": "pod", "namespace": "e2e", "uid": "e2e-pod", "attempt": 0 },
   "hostname": "podhost", "log_directory": "/tmp/pod/logs",
-  "linux": { "security_context": { "namespace_options": { "network": 0, "pid": 1, "ipc": 0 } } }
+  "linux": {
+    "security_context": { "namespace_options": { "network": 0, "pid": 1, "ipc": 0 } },
+    "resources": { "memory_limit_in_bytes": 314572800 }
+  }
 }"#;
 
 const CONTAINER: &str = r#"{
   "metadata": { "name": "NAME", "attempt": 0 },
   "image": { "image": "docker.io/library/busybox:latest" },
   "command": ["sh", "-c",
-    "echo pid $$; echo ns $(readlink /proc/self/ns/net /proc/self/ns/ipc /proc/self/ns/uts) $(hostname); exec sleep 1000"],
+    "echo pid $$; grep MemTotal /proc/meminfo; echo ns $(readlink /proc/self/ns/net /proc/self/ns/ipc /proc/self/ns/uts) $(hostname); exec sleep 1000"],
   "log_path": "NAME.log",
   "linux": { "security_context": { "namespace_options": { "network": 0, "pid": 1, "ipc": 0 } } }
 }"#;

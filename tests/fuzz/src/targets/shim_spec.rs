@@ -6,19 +6,21 @@ use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 
 use agent_container::{parse, validate};
-use agent_protocol::{POD_DIR, SHARE_DIR};
+use agent_protocol::{PID_NAMESPACES_DIR, POD_DIR, SHARE_DIR};
 use arbitrary::Unstructured;
 use oci_spec::runtime::Spec;
 use serde_json::{Value, json};
 use shim::host::cgroup::CgroupPath;
 use shim::host::mounts::Access;
 use shim::host::volumes::Placed;
-use shim::spec::{GuestSpec, Membership, Volumes};
+use shim::spec::{GuestSpec, Membership, Peers, Volumes};
 
 use crate::json::change;
 
 const CONTAINER: &str = "c";
 const SANDBOX_PID: u32 = 4242;
+const PEER: &str = "d";
+const PEER_PID: u32 = 4243;
 
 /// Gives each source a number of its own.
 #[derive(Default)]
@@ -76,6 +78,14 @@ fn document(choice: u8) -> Value {
             "io.kubernetes.cri.sandbox-id": "box",
         });
         spec["linux"]["namespaces"][1]["path"] = json!(format!("/proc/{SANDBOX_PID}/ns/ipc"));
+        if choice & 8 != 0 {
+            let pid = if choice & 16 == 0 {
+                SANDBOX_PID
+            } else {
+                PEER_PID
+            };
+            spec["linux"]["namespaces"][0]["path"] = json!(format!("/proc/{pid}/ns/pid"));
+        }
     }
     spec
 }
@@ -93,8 +103,11 @@ pub fn run(data: &[u8]) {
     let Some(spec) = spec else {
         return;
     };
-    let sandbox_pid = (choice & 4 != 0).then_some(SANDBOX_PID);
-    let (host, guest) = match GuestSpec::split(spec, CONTAINER, sandbox_pid) {
+    let peers = Peers {
+        sandbox: (choice & 4 != 0).then_some(SANDBOX_PID),
+        containers: [(PEER_PID, PEER.to_owned())].into(),
+    };
+    let (host, guest) = match GuestSpec::split(spec, CONTAINER, &peers) {
         Ok(parts) => parts,
         Err(error) => {
             assert!(!error.to_string().is_empty());
@@ -158,8 +171,9 @@ fn names_nothing_of_the_host(spec: &Spec, volumes: &Numbered) {
             .as_ref()
             .filter(|path| !path.as_os_str().is_empty())
         {
+            let of_pod = path.starts_with(POD_DIR) && path.components().count() == 6;
             assert!(
-                path.starts_with(POD_DIR) && path.components().count() == 6,
+                of_pod || path == &Path::new(PID_NAMESPACES_DIR).join(PEER),
                 "a namespace of the host: {}",
                 path.display()
             );

@@ -12,7 +12,7 @@ use crate::fixture::Host;
 
 type Case = fn(&Host);
 
-pub const ALL: [(&str, Case); 55] = [
+pub const ALL: [(&str, Case); 56] = [
     ("run_exit_code_is_the_programs", process::run_exit_code),
     (
         "run_streams_connect_and_nothing_else_is_open",
@@ -21,6 +21,10 @@ pub const ALL: [(&str, Case); 55] = [
     (
         "run_namespaces_are_the_containers_own",
         process::run_namespaces,
+    ),
+    (
+        "run_pid_namespace_by_path_is_shared",
+        process::run_joined_pid_namespace,
     ),
     (
         "run_namespaces_by_path_are_the_pods",

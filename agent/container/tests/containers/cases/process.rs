@@ -3,7 +3,8 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use agent_container::ContainerStdio;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -78,6 +79,43 @@ pub fn run_namespaces(host: &Host) {
     });
     assert_eq!(foreign, None);
     assert_eq!(nix::unistd::gethostname().unwrap(), before);
+}
+
+pub fn run_joined_pid_namespace(host: &Host) {
+    let held = host.pod().join("ns/pid");
+    let mut init = std::thread::scope(|scope| {
+        let spawned = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWPID).unwrap();
+            Command::new("sleep").arg("60").spawn().unwrap()
+        });
+        spawned.join().unwrap()
+    });
+    let of_init = PathBuf::from(format!("/proc/{}/ns/pid", init.id()));
+    let link = fs::read_link(&of_init).unwrap();
+    File::create(&held).unwrap();
+    let no = None::<&str>;
+    mount(Some(&of_init), &held, no, MsFlags::MS_BIND, no).unwrap();
+
+    let hook = json!({"path": "/payload", "args": ["hook", "copy-input /state"]});
+    let lines = [
+        "cat /proc/1/comm",
+        "link /proc/self/ns/pid",
+        "link /proc/self",
+        "cat /state",
+    ];
+    let mut spec = host.spec("a", &lines);
+    spec["linux"]["namespaces"][0]["path"] = json!(held);
+    spec["hooks"] = json!({"startContainer": [hook]});
+    let outcome = host.run("a", &spec);
+    init.kill().unwrap();
+    init.wait().unwrap();
+    umount2(&held, MntFlags::MNT_DETACH).unwrap();
+
+    assert_eq!(outcome.of("cat /proc/1/comm"), "sleep");
+    assert_eq!(outcome.of("link /proc/self/ns/pid"), link.to_str().unwrap());
+    let state: Value = serde_json::from_str(outcome.of("cat /state")).unwrap();
+    assert_eq!(state["pid"].to_string(), outcome.of("link /proc/self"));
+    assert_ne!(state["pid"], 1);
 }
 
 pub fn run_joined_namespaces(host: &Host) {

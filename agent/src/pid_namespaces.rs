@@ -1,0 +1,243 @@
+//! PID namespaces that containers share: the pod's, whose init is the agent's
+//! own, and those of containers that another joins. Each is there once a
+//! container's configuration names it.
+
+use std::{
+    fmt,
+    fs::{self, File},
+    io::{self, Read, Write},
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{Mutex, PoisonError},
+    thread,
+};
+
+use agent_protocol::{PID_NAMESPACES_DIR, POD_DIR, POD_PID_NAMESPACE};
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, setns, unshare},
+    sys::prctl,
+    unistd::{
+        Gid, Uid, chdir, dup2_stderr, dup2_stdout, pause, pivot_root, setgroups, setresgid,
+        setresuid,
+    },
+};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+use crate::kernel_calls::forget_children;
+
+/// First argument with which the agent's binary is executed as the init of the
+/// pod's PID namespace, and its name there.
+pub const POD_INIT_ARGUMENT: &str = "pod-init";
+/// Nobody, in no user's way: no container's files are this user's by accident.
+const POD_INIT_ID: u32 = 65_535;
+/// What it says once containers may see it.
+const READY: &str = "ready";
+
+/// Whose PID namespace a container shares.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Shared {
+    /// The pod's.
+    Pod,
+    /// That of the container of this identity.
+    Of(String),
+}
+
+impl fmt::Display for Shared {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pod => write!(formatter, "the pod"),
+            Self::Of(id) => write!(formatter, "container {id:?}"),
+        }
+    }
+}
+
+impl Shared {
+    /// What a configuration asks for; `None` for what is none of the two, which
+    /// creation then refuses unless it is a new one.
+    pub fn asked(spec: &Spec) -> Option<Self> {
+        let linux = spec.linux().as_ref()?;
+        let mut namespaces = linux.namespaces().iter().flatten();
+        let pid = namespaces.find(|namespace| namespace.typ() == LinuxNamespaceType::Pid)?;
+        let path = pid.path().as_deref()?;
+        if path == Path::new(POD_PID_NAMESPACE) {
+            return Some(Self::Pod);
+        }
+        let id = path.strip_prefix(PID_NAMESPACES_DIR).ok()?;
+        Some(Self::Of(id.to_str()?.to_owned()))
+    }
+}
+
+/// Those that are held.
+#[derive(Debug, Default)]
+pub struct PidNamespaces {
+    /// One at a time; and whether the pod's is there.
+    pod: Mutex<bool>,
+}
+
+impl PidNamespaces {
+    /// Makes the pod's, unless it is there. Blocks.
+    ///
+    /// # Errors
+    /// What the kernel refused; nothing is left.
+    pub fn hold_pod(&self) -> io::Result<()> {
+        let mut there = self.pod.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*there {
+            // An init without a namespace that anybody could join does no harm.
+            hold(spawn_pod_init()?, Path::new(POD_PID_NAMESPACE))?;
+            *there = true;
+        }
+        Ok(())
+    }
+
+    /// Lets others join the PID namespace of `init`, of container `id`. Blocks.
+    ///
+    /// # Errors
+    /// When there is no such process, or what the kernel refused.
+    pub fn hold_of(&self, id: &str, init: u32) -> io::Result<()> {
+        let _one_at_a_time = self.pod.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = place_of(id);
+        if place.exists() {
+            return Ok(());
+        }
+        fs::create_dir_all(PID_NAMESPACES_DIR)?;
+        hold(init, &place)
+    }
+
+    /// Lets go of the PID namespace of container `id`, if it is held.
+    pub fn let_go_of(&self, id: &str) {
+        let _one_at_a_time = self.pod.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = place_of(id);
+        if !place.exists() {
+            return;
+        }
+        let unmounted = umount2(&place, MntFlags::MNT_DETACH).map_err(io::Error::from);
+        if let Err(error) = unmounted.and_then(|()| fs::remove_file(&place)) {
+            tracing::error!(container = %id, %error, "its PID namespace is still held");
+        }
+    }
+}
+
+/// Of a checked identity, which is one plain name.
+fn place_of(id: &str) -> PathBuf {
+    Path::new(PID_NAMESPACES_DIR).join(id)
+}
+
+fn hold(process: u32, place: &Path) -> io::Result<()> {
+    let namespace = PathBuf::from(format!("/proc/{process}/ns/pid"));
+    File::create(place)?;
+    let no = None::<&str>;
+    mount(Some(&namespace), place, no, MsFlags::MS_BIND, no).map_err(|errno| {
+        // The first error is the one to tell.
+        let _ = fs::remove_file(place);
+        errno.into()
+    })
+}
+
+/// Executes the agent's binary as the first process of a new PID namespace, in
+/// the pod's other ones; returns its pid once it is what containers may see. In a
+/// thread of its own, which alone enters them and ends.
+fn spawn_pod_init() -> io::Result<u32> {
+    let in_thread = || {
+        for name in ["net", "ipc", "uts"] {
+            let namespace = File::open(Path::new(POD_DIR).join("ns").join(name))?;
+            setns(&namespace, CloneFlags::empty())?;
+        }
+        unshare(CloneFlags::CLONE_NEWPID)?;
+        // Dropping the handle neither waits nor kills: the agent reaps it.
+        let mut init = Command::new("/proc/self/exe")
+            .arg0(POD_INIT_ARGUMENT)
+            .arg(POD_INIT_ARGUMENT)
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let mut told = String::new();
+        if let Some(mut output) = init.stdout.take() {
+            output.read_to_string(&mut told)?;
+        }
+        match told.as_str() {
+            READY => Ok(init.id()),
+            error => Err(io::Error::other(format!("{POD_INIT_ARGUMENT}: {error}"))),
+        }
+    };
+    let thread = thread::Builder::new()
+        .name(POD_INIT_ARGUMENT.to_owned())
+        .spawn(in_thread)?;
+    let ended = thread.join();
+    ended.map_err(|_| io::Error::other("the thread panicked"))?
+}
+
+/// What the agent's binary is as the pod's init: it takes in the orphans of the
+/// containers, whose ends the kernel then forgets, for as long as the VM lives.
+pub fn pod_init_main() -> ! {
+    match become_pod_init() {
+        Ok(null) => {
+            print!("{READY}");
+            let told = io::stdout().flush();
+            if told.is_ok() && dup2_stdout(&null).and(dup2_stderr(&null)).is_ok() {
+                drop(null);
+                loop {
+                    pause();
+                }
+            }
+        }
+        Err(error) => print!("{error}"),
+    }
+    std::process::exit(1)
+}
+
+/// Containers see it, so it has nothing that they could want: no privilege, no
+/// file but an empty directory, no memory that may be read. Returns `/dev/null`.
+fn become_pod_init() -> io::Result<File> {
+    forget_children()?;
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWCGROUP)?;
+    let no = None::<&str>;
+    mount(no, "/", no, MsFlags::MS_REC | MsFlags::MS_PRIVATE, no)?;
+    let bare = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let name = Some(POD_INIT_ARGUMENT);
+    mount(name, "/run", Some("tmpfs"), bare, Some("mode=0555,size=4k"))?;
+    chdir("/run")?;
+    pivot_root(".", ".")?;
+    // The old root now lies over the new one.
+    umount2(".", MntFlags::MNT_DETACH)?;
+    chdir("/")?;
+    // Or it would be called what its path was.
+    prctl::set_name(c"pod-init")?;
+    prctl::set_no_new_privs()?;
+    setgroups(&[])?;
+    let (uid, gid) = (Uid::from_raw(POD_INIT_ID), Gid::from_raw(POD_INIT_ID));
+    setresgid(gid, gid, gid)?;
+    setresuid(uid, uid, uid)?;
+    prctl::set_dumpable(false)?;
+    Ok(null)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use oci_spec::runtime::{LinuxBuilder, LinuxNamespaceBuilder, SpecBuilder};
+
+    fn asked(path: Option<&str>) -> Option<Shared> {
+        let namespace = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Pid);
+        let namespace = match path {
+            Some(path) => namespace.path(path),
+            None => namespace,
+        };
+        let namespaces = vec![namespace.build().expect("namespace")];
+        let linux = LinuxBuilder::default().namespaces(namespaces).build();
+        let spec = SpecBuilder::default().linux(linux.expect("linux")).build();
+        Shared::asked(&spec.expect("spec"))
+    }
+
+    #[test]
+    fn asked_is_told_by_the_path() {
+        assert_eq!(asked(None), None);
+        assert_eq!(asked(Some("/run/bulkhead/pod/ns/pid")), Some(Shared::Pod));
+        let of_a = Some(Shared::Of("a".to_owned()));
+        assert_eq!(asked(Some("/run/bulkhead/pod/ns/pid-of/a")), of_a);
+        assert_eq!(asked(Some("/proc/1/ns/pid")), None);
+    }
+}
