@@ -149,6 +149,18 @@ impl Lab {
         )
     }
 
+    /// Has nerdctl make its bridge, which stays, unless it is there: what is left
+    /// behind by a container with its default network can be told after this.
+    ///
+    /// # Errors
+    /// When a container of runc's with that network fails.
+    pub fn make_bridge(&self) -> Result<()> {
+        self.succeed(&format!(
+            "ip link show nerdctl0 >/dev/null 2>&1 || nerdctl run --rm --pull never {IMAGE} true"
+        ))
+        .map(drop)
+    }
+
     /// Everything that a container could leave behind, as it is now.
     ///
     /// # Errors

@@ -45,7 +45,7 @@ fn trials(labs: Option<&Arc<Labs>>) -> Vec<Trial> {
             }),
             None => Err("no node".into()),
         });
-        trial.with_ignored_flag(is_skipped(name))
+        trial.with_ignored_flag(is_for_soak(name))
     })
     .collect()
 }
@@ -63,8 +63,8 @@ fn told(name: &str, check: impl FnOnce() -> Result<()>) -> Result<(), Failed> {
     result.map_err(Failed::from)
 }
 
-fn is_skipped(name: &str) -> bool {
-    let listed = checks::SKIPPED.iter().find(|(skipped, _)| *skipped == name);
+fn is_for_soak(name: &str) -> bool {
+    let listed = checks::FOR_SOAK.iter().find(|(listed, _)| *listed == name);
     if let (Some((name, reason)), None) = (listed, env::var_os("BULKHEAD_SOAK")) {
         println!("SKIP {name}: {reason}");
         return true;

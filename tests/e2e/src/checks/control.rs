@@ -66,8 +66,7 @@ fn stats(lab: &Lab) -> Result<()> {
 /// Through nerdctl, since ctr has no command for it.
 fn update(lab: &Lab) -> Result<()> {
     let nerdctl = format!("nerdctl run --pull never --runtime {BULKHEAD}");
-    // The first makes the bridge, which stays.
-    lab.succeed(&format!("{nerdctl} --rm {IMAGE} true"))?;
+    lab.make_bridge()?;
     let before = lab.resources()?;
     let shown = lab.succeed(&format!(
         "{nerdctl} -d --name updated {IMAGE} sleep 1000 >/dev/null

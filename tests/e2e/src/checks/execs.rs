@@ -20,8 +20,7 @@ pub const CHECKS: &[Check] = &[
 /// afterwards and must leave nothing.
 fn beside(lab: &Lab, id: &str, script: &str) -> Result<String> {
     let nerdctl = format!("nerdctl run --pull never --runtime {BULKHEAD}");
-    // The first makes the bridge, which stays.
-    lab.succeed(&format!("{nerdctl} --rm {IMAGE} true"))?;
+    lab.make_bridge()?;
     let before = lab.resources()?;
     lab.succeed(&format!("{nerdctl} -d --name {id} {IMAGE} sleep 1000"))?;
     let shown = lab.succeed(script);

@@ -19,7 +19,7 @@ pub const CHECKS: &[Check] = &[
 ];
 
 fn in_turn(lab: &Lab) -> Result<()> {
-    let count = if lab.soak() { 50 } else { 10 };
+    let count = if lab.soak() { 50 } else { 5 };
     // The first of all makes what stays on purpose: lock files, caches.
     lab.succeed(&format!("{RUN} turn true"))?;
     let before = lab.resources()?;
@@ -92,8 +92,7 @@ fn killed_shim(lab: &Lab) -> Result<()> {
 
 fn nerdctl_network(lab: &Lab) -> Result<()> {
     let run = format!("nerdctl run --rm --pull never --runtime {BULKHEAD} {IMAGE}");
-    // The first makes the bridge, which stays.
-    lab.succeed(&format!("{run} true"))?;
+    lab.make_bridge()?;
     let before = lab.resources()?;
     let hosts = lab.succeed(&format!("{run} sh -c 'cat /etc/hosts; ls /sys/class/net'"))?;
     ensure!(hosts.contains("localhost"), "no hosts file: {hosts}");
@@ -108,10 +107,7 @@ fn nerdctl_network(lab: &Lab) -> Result<()> {
 /// namespace of the pid that they were given. And hooks of one's own run in
 /// their order, with that pid.
 fn hooks(lab: &Lab) -> Result<()> {
-    // The first makes the bridge, which stays.
-    lab.succeed(&format!(
-        "nerdctl run --rm --pull never --runtime {BULKHEAD} {IMAGE} true"
-    ))?;
+    lab.make_bridge()?;
     let before = lab.resources()?;
     let addresses = lab.succeed(&format!(
         "nerdctl run -d --name hooked --pull never --runtime {BULKHEAD} {IMAGE} sleep 1000 >/dev/null

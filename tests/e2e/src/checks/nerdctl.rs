@@ -22,10 +22,7 @@ pub const CHECKS: &[Check] = &[
 /// options and command follow, and its removal, after which nothing is left.
 pub(super) fn with_detached(lab: &Lab, name: &str, run: &str, script: &str) -> Result<String> {
     let nerdctl = format!("nerdctl run --pull never --runtime {BULKHEAD}");
-    // The first makes the bridge, which stays.
-    lab.succeed(&format!(
-        "ip link show nerdctl0 >/dev/null 2>&1 || {nerdctl} --rm {IMAGE} true"
-    ))?;
+    lab.make_bridge()?;
     let before = lab.resources()?;
     let shown = lab.succeed(&format!(
         "trap 'nerdctl rm -f {name} >/dev/null' EXIT

@@ -181,10 +181,7 @@ now=$EPOCHREALTIME; echo new >>dir/target; until [ -s dir/read ]; do moment; don
 "#;
 
 fn as_on_the_host(lab: &Lab) -> Result<()> {
-    // The first makes the bridge, which stays.
-    lab.succeed(&format!(
-        "nerdctl run --rm --pull never --runtime {BULKHEAD} {IMAGE} true"
-    ))?;
+    lab.make_bridge()?;
     let before = lab.resources()?;
     let outcome = lab
         .succeed(KINDS)
