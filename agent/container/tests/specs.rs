@@ -53,6 +53,12 @@ fn validate_default_specifications_of_clients_are_accepted() {
 fn validate_each_unsupported_field_is_refused_by_its_name() {
     let hook = json!([{"path": "/bin/true"}]);
     let mapping = json!([{"containerID": 0, "hostID": 0, "size": 1}]);
+    let shared_pid_with_user = || {
+        let mut all = ctr()["linux"]["namespaces"].clone();
+        all[0]["path"] = json!("/run/bulkhead/pod/ns/pid");
+        all.as_array_mut().unwrap().push(json!({"type": "user"}));
+        all
+    };
     let namespaces = |add: Value| {
         let mut all = ctr()["linux"]["namespaces"].clone();
         all.as_array_mut().unwrap().push(add);
@@ -177,8 +183,8 @@ fn validate_each_unsupported_field_is_refused_by_its_name() {
             "linux.namespaces: ipc",
         ),
         (
-            "/linux/namespaces/0/path",
-            json!("/run/bulkhead/pod/ns/pid"),
+            "/linux/namespaces",
+            shared_pid_with_user(),
             "linux.namespaces: pid",
         ),
         (
