@@ -18,15 +18,18 @@ const PAGE_STRUCTURES: u64 = 64;
 
 const MIB: u64 = 1 << 20;
 
+/// Memory that the containers of a pod can take which nobody limits, at most.
+const UNLIMITED_POD_BYTES: u64 = (DEFAULT_MEMORY_MIB as u64 - OVERHEAD_MIB) * MIB;
+
 /// What a lone container, or a pod, is limited to, as far as it says how large its
 /// VM has to be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
-    /// Of `memory.limit`.
+    /// Memory that it may take.
     memory_bytes: Option<u64>,
-    /// Of `cpu.quota` in each `cpu.period`, rounded up.
+    /// CPUs that it may use at once: quota by period, rounded up.
     cpus: Option<u64>,
-    /// The last of `cpu.cpus`.
+    /// The last that it is pinned to.
     last_cpu: Option<u64>,
 }
 
@@ -48,7 +51,9 @@ impl Limits {
     }
 
     /// Of a pod by the annotations that containerd gives its sandbox (containerd,
-    /// `internal/cri/annotations`), from what the kubelet says of the pod.
+    /// `internal/cri/annotations`), from what the kubelet says of the pod: the sum
+    /// over its containers, in which one without a limit counts as nothing (kubelet,
+    /// `calculateSandboxResources`). So no pod is smaller than one without limits.
     fn of_annotations(spec: &Value) -> Self {
         let number = |name: &str| {
             let text = spec.pointer(&format!("/annotations/io.kubernetes.cri.sandbox-{name}"))?;
@@ -57,7 +62,7 @@ impl Limits {
         };
         let period = number("cpu-period").unwrap_or(PERIOD_US);
         Self {
-            memory_bytes: number("memory"),
+            memory_bytes: number("memory").filter(|bytes| *bytes > UNLIMITED_POD_BYTES),
             cpus: number("cpu-quota").map(|quota| quota.div_ceil(period)),
             last_cpu: None,
         }
@@ -216,7 +221,18 @@ mod tests {
         assert_eq!(of("250000", "100000", "1073741824"), (3, 1024 + 16 + 64));
         assert_eq!(of("0", "0", "0"), (1, 512));
         assert_eq!(of("-1", "100000", "much"), (1, 512));
-        assert_eq!(of("150000", "0", "1"), (2, 128));
+        assert_eq!(of("150000", "0", "0").0, 2);
+    }
+
+    #[test]
+    fn size_of_a_pod_leaves_room_for_containers_without_limits() {
+        for bytes in (0..1024 * MIB).step_by(MIB as usize) {
+            let spec =
+                json!({"annotations": {"io.kubernetes.cri.sandbox-memory": bytes.to_string()}});
+            let (_, mib) = size_of(&spec, &Membership::Sandbox);
+            assert!(mib >= DEFAULT_MEMORY_MIB, "{mib} MiB for {bytes}");
+            assert!(u64::from(mib) * MIB >= bytes + OVERHEAD_MIB * MIB);
+        }
     }
 
     #[test]

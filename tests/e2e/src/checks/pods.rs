@@ -117,7 +117,7 @@ fn shared_namespaces(lab: &Lab, pod: &str) -> Result<()> {
     Ok(())
 }
 
-/// 300 MiB, which the pod is limited to, fit into the VM, and not much more.
+/// 700 MiB, which the pod is limited to, fit into the VM, and not much more.
 fn sized(logs: &str) -> Result<()> {
     let sizes = logs
         .lines()
@@ -126,7 +126,7 @@ fn sized(logs: &str) -> Result<()> {
     ensure!(sizes.len() == 2, "{logs}");
     for size in sizes {
         let kib: u64 = size.trim().trim_end_matches("kB").trim().parse()?;
-        ensure!((300..370).contains(&(kib / 1024)), "the VM has {size}");
+        ensure!((700..776).contains(&(kib / 1024)), "the VM has {size}");
     }
     Ok(())
 }
@@ -136,7 +136,7 @@ const POD: &str = r#"{
   "hostname": "podhost", "log_directory": "/tmp/pod/logs",
   "linux": {
     "security_context": { "namespace_options": { "network": 0, "pid": 1, "ipc": 0 } },
-    "resources": { "memory_limit_in_bytes": 314572800 }
+    "resources": { "memory_limit_in_bytes": 734003200 }
   }
 }"#;
 
