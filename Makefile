@@ -16,6 +16,9 @@ toolchain := $(shell { cat Cargo.lock; cargo --version; } 2>/dev/null | sha256su
 export CARGO_TARGET_DIR ?= $(BULKHEAD_CACHE)/target/$(toolchain)
 ifneq ($(filter-out help,$(MAKECMDGOALS)),)
 claimed := $(shell CARGO_TARGET_DIR=$(CARGO_TARGET_DIR) tests/claim-target)
+ifneq ($(.SHELLSTATUS),0)
+$(error tests/claim-target failed for $(CARGO_TARGET_DIR))
+endif
 endif
 
 DENY_VERSION := 0.20.2

@@ -146,7 +146,7 @@ pub struct Machine<'a> {
 const KERNEL_PARAMETERS: &str = "console=ttyS0 loglevel=5 panic=-1 apparmor=1 security=apparmor net.ifnames=0 \
  rcupdate.rcu_expedited=1";
 /// For an emulated CPU: its mitigations cost time and protect nothing, its clock is steady but slow, and a busy machine
-/// stalls it for seconds. KVM's waiting for a guest that may go on soon takes the one CPU from whoever would let it.
+/// stalls it for seconds. Huge pages are off until guest/sbin/setup has seen to it that nothing moves pages for them. KVM's waiting for a guest that may go on soon takes the one CPU from whoever would let it.
 const EMULATED_PARAMETERS: &str = "transparent_hugepage=never kvm.halt_poll_ns=0 mitigations=off nokaslr tsc=reliable no_timer_check watchdog_thresh=60 \
      rcupdate.rcu_cpu_stall_timeout=180 hung_task_timeout_secs=600";
 
