@@ -43,6 +43,7 @@ fn beside_runcs(lab: &Lab) -> Result<()> {
 
 /// What runc's shim leaves of the scenarios in which it dies.
 const TAKE_AWAY: &str = r#"
+set -e
 left=$(find /sys/fs/cgroup/harness -mindepth 1 -name cgroup.procs -exec cat {} +)
 find /sys/fs/cgroup/harness -mindepth 1 -maxdepth 1 -type d -exec sh -c 'echo 1 >"$1/cgroup.kill"' - {} \;
 for pid in $left; do timeout 60 tail --pid="$pid" -f /dev/null || exit 1; done
