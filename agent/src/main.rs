@@ -57,12 +57,18 @@ const FOR_EVER: Duration = Duration::from_hours(10 * 365 * 24);
 const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
 
 fn main() -> Result<()> {
-    let argument = env::args_os().nth(1).unwrap_or_default();
-    if argument == agent_container::HELPER_ARGUMENT {
-        agent_container::helper_main();
-    }
-    if argument == pid_namespaces::POD_INIT_ARGUMENT {
+    let mut arguments = env::args_os();
+    if arguments
+        .next()
+        .is_some_and(|name| name == pid_namespaces::POD_INIT)
+    {
         pid_namespaces::pod_init_main();
+    }
+    if arguments
+        .next()
+        .is_some_and(|argument| argument == agent_container::HELPER_ARGUMENT)
+    {
+        agent_container::helper_main();
     }
     ensure!(
         getpid().as_raw() == 1,

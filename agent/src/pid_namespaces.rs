@@ -8,7 +8,7 @@ use std::{
     io::{self, Read, Write},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     sync::{Mutex, PoisonError},
     thread,
 };
@@ -27,9 +27,9 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use crate::kernel_calls::forget_children;
 
-/// First argument with which the agent's binary is executed as the init of the
-/// pod's PID namespace, and its name there.
-pub const POD_INIT_ARGUMENT: &str = "pod-init";
+/// Name by which the agent's binary is executed as the init of the pod's PID
+/// namespace (`argv[0]`), and by which containers see it.
+pub const POD_INIT: &str = "pod-init";
 /// Nobody, in no user's way: no container's files are this user's by accident.
 const POD_INIT_ID: u32 = 65_535;
 /// What it says once containers may see it.
@@ -69,29 +69,29 @@ impl Shared {
     }
 }
 
-/// Those that are held.
+/// Those that are held. Every method blocks: one works at a time.
 #[derive(Debug, Default)]
 pub struct PidNamespaces {
-    /// One at a time; and whether the pod's is there.
+    /// Whether the pod's is there.
     pod: Mutex<bool>,
 }
 
 impl PidNamespaces {
-    /// Makes the pod's, unless it is there. Blocks.
+    /// Makes the pod's, unless it is there.
     ///
     /// # Errors
     /// What the kernel refused; nothing is left.
     pub fn hold_pod(&self) -> io::Result<()> {
         let mut there = self.pod.lock().unwrap_or_else(PoisonError::into_inner);
         if !*there {
-            // An init without a namespace that anybody could join does no harm.
-            hold(spawn_pod_init()?, Path::new(POD_PID_NAMESPACE))?;
+            let mut init = spawn_pod_init()?;
+            hold(init.id(), Path::new(POD_PID_NAMESPACE)).inspect_err(|_| drop(init.kill()))?;
             *there = true;
         }
         Ok(())
     }
 
-    /// Lets others join the PID namespace of `init`, of container `id`. Blocks.
+    /// Lets others join the PID namespace of `init`, of container `id`.
     ///
     /// # Errors
     /// When there is no such process, or what the kernel refused.
@@ -136,19 +136,17 @@ fn hold(process: u32, place: &Path) -> io::Result<()> {
 }
 
 /// Executes the agent's binary as the first process of a new PID namespace, in
-/// the pod's other ones; returns its pid once it is what containers may see. In a
-/// thread of its own, which alone enters them and ends.
-fn spawn_pod_init() -> io::Result<u32> {
+/// the pod's other ones; returns once it is what containers may see. In a thread of
+/// its own, which alone enters them and ends. The agent reaps it, as every process.
+fn spawn_pod_init() -> io::Result<Child> {
     let in_thread = || {
         for name in ["net", "ipc", "uts"] {
             let namespace = File::open(Path::new(POD_DIR).join("ns").join(name))?;
             setns(&namespace, CloneFlags::empty())?;
         }
         unshare(CloneFlags::CLONE_NEWPID)?;
-        // Dropping the handle neither waits nor kills: the agent reaps it.
         let mut init = Command::new("/proc/self/exe")
-            .arg0(POD_INIT_ARGUMENT)
-            .arg(POD_INIT_ARGUMENT)
+            .arg0(POD_INIT)
             .env_clear()
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -158,12 +156,13 @@ fn spawn_pod_init() -> io::Result<u32> {
             output.read_to_string(&mut told)?;
         }
         match told.as_str() {
-            READY => Ok(init.id()),
-            error => Err(io::Error::other(format!("{POD_INIT_ARGUMENT}: {error}"))),
+            READY => Ok(init),
+            "" => Err(io::Error::other(format!("{POD_INIT} ended too early"))),
+            error => Err(io::Error::other(format!("{POD_INIT}: {error}"))),
         }
     };
     let thread = thread::Builder::new()
-        .name(POD_INIT_ARGUMENT.to_owned())
+        .name(POD_INIT.to_owned())
         .spawn(in_thread)?;
     let ended = thread.join();
     ended.map_err(|_| io::Error::other("the thread panicked"))?
@@ -197,7 +196,7 @@ fn become_pod_init() -> io::Result<File> {
     let no = None::<&str>;
     mount(no, "/", no, MsFlags::MS_REC | MsFlags::MS_PRIVATE, no)?;
     let bare = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    let name = Some(POD_INIT_ARGUMENT);
+    let name = Some(POD_INIT);
     mount(name, "/run", Some("tmpfs"), bare, Some("mode=0555,size=4k"))?;
     chdir("/run")?;
     pivot_root(".", ".")?;

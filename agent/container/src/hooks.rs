@@ -87,6 +87,7 @@ struct Ready {
 #[derive(Debug, Default)]
 pub struct StartHooks {
     hooks: Vec<Ready>,
+    /// What they are told; nothing when there are none.
     state: Option<State>,
 }
 
@@ -141,13 +142,13 @@ impl StartHooks {
     /// a child of the caller's, what the container's program will be. The caller
     /// is the container's init.
     pub fn run(&mut self, confine: impl Fn() -> bool) -> Result<(), HookError> {
-        if let Some(state) = &mut self.state {
-            state.pid = std::process::id();
-        }
-        for hook in &mut self.hooks {
-            hook.run(self.state.as_ref(), &confine)?;
-        }
-        Ok(())
+        let Some(state) = &mut self.state else {
+            return Ok(());
+        };
+        state.pid = std::process::id();
+        self.hooks
+            .iter_mut()
+            .try_for_each(|hook| hook.run(state, &confine))
     }
 }
 
@@ -178,12 +179,12 @@ impl Ready {
         })
     }
 
-    fn tell(&mut self, state: Option<&State>) -> io::Result<()> {
-        serde_json::to_writer(&mut self.input, &state)?;
+    fn tell(&mut self, state: &State) -> io::Result<()> {
+        serde_json::to_writer(&mut self.input, state)?;
         self.input.seek(SeekFrom::Start(0)).map(drop)
     }
 
-    fn run(&mut self, state: Option<&State>, confine: &impl Fn() -> bool) -> Result<(), HookError> {
+    fn run(&mut self, state: &State, confine: &impl Fn() -> bool) -> Result<(), HookError> {
         let failed = |path: &Path, source| HookError::Run {
             path: path.to_owned(),
             source,

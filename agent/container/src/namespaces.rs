@@ -163,8 +163,8 @@ pub fn check(spec: &Spec) -> Result<(), Unsupported> {
     Ok(())
 }
 
-/// Whether the container is alone in its PID namespace, and its init the first in it.
-pub fn own_pid(spec: &Spec) -> bool {
+/// Whether the container's init is the first process of its PID namespace.
+fn own_pid(spec: &Spec) -> bool {
     new_ones(spec).contains(flag(LinuxNamespaceType::Pid))
 }
 

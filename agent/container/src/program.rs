@@ -98,12 +98,11 @@ fn c_strings(texts: &[String], field: &'static str) -> Result<Vec<CString>, Prog
 
 /// What is set twice is set to the last: programs differ in which they would take.
 fn last_of_each(environment: &[String]) -> Vec<String> {
-    let name = |entry: &str| entry.split('=').next().map(str::to_owned);
     let mut seen = HashSet::new();
     let mut kept: Vec<_> = environment
         .iter()
         .rev()
-        .filter(|entry| seen.insert(name(entry)))
+        .filter(|entry| seen.insert(entry.split('=').next()))
         .cloned()
         .collect();
     kept.reverse();

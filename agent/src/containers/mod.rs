@@ -40,7 +40,7 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Containers {
     reaper: Arc<Reaper>,
     streams: Arc<StreamTable>,
-    pid_namespaces: PidNamespaces,
+    pid_namespaces: Arc<PidNamespaces>,
     /// `None` while a container is being created: its identity is taken.
     table: Mutex<HashMap<String, Option<Arc<Entry>>>>,
 }
@@ -51,7 +51,7 @@ impl Containers {
         Self {
             reaper,
             streams,
-            pid_namespaces: PidNamespaces::default(),
+            pid_namespaces: Arc::default(),
             table: Mutex::default(),
         }
     }
@@ -328,7 +328,6 @@ impl Containers {
             // For whoever still waits: the count goes with the cgroup.
             entry.oom_kills();
             self.take_apart(id, entry, &mut init.exit, &execs).await?;
-            self.pid_namespaces.let_go_of(id);
             self.streams.remove(name);
             for (exec_id, _) in execs {
                 self.streams.remove(&ProcessId {
@@ -393,7 +392,12 @@ impl Containers {
             tracing::error!(container = %id, "its processes are gone but not reaped");
         }
         let container = Arc::clone(&entry.container);
-        blocking(move || pod::write_back(container.root(), container.bind_sources()))
+        let (namespaces, own_id) = (Arc::clone(&self.pid_namespaces), id.to_owned());
+        let last = move || {
+            namespaces.let_go_of(&own_id);
+            pod::write_back(container.root(), container.bind_sources())
+        };
+        blocking(last)
             .await
             .map_err(|source| ContainerError::WriteBack {
                 id: id.to_owned(),

@@ -169,46 +169,33 @@ fn rewrite_namespace_of_another_pod_is_refused() {
     assert!(refused.contains("/proc/78/ns/net"), "{refused}");
 }
 
-fn pid_path(namespaces: Value, sandbox: Option<u32>) -> (HostView, Value) {
-    let mut all = json!([
+/// What becomes of the path of a PID namespace, or of none, in the pod of sandbox 77.
+fn guest_pid_path(asked: Option<&str>) -> Value {
+    let mut namespaces = json!([
         {"type": "network", "path": "/proc/77/ns/net"},
         {"type": "ipc", "path": "/proc/77/ns/ipc"},
         {"type": "uts", "path": "/proc/77/ns/uts"},
     ]);
-    let (Value::Array(all_of_them), Value::Array(more)) = (&mut all, namespaces) else {
-        panic!("no lists");
-    };
-    all_of_them.extend(more);
-    let (host, guest) = rewritten(member(&all), sandbox);
-    let path = guest["linux"]["namespaces"][3]["path"].clone();
-    (host, path)
+    if let Some(path) = asked {
+        let all = namespaces.as_array_mut().expect("a list");
+        all.push(json!({"type": "pid", "path": path}));
+    }
+    let (host, guest) = rewritten(member(&namespaces), Some(77));
+    assert!(!host.own_pid_namespace);
+    guest["linux"]["namespaces"][3]["path"].clone()
 }
 
 #[test]
-fn rewrite_pid_namespace_of_the_sandbox_is_the_pods() {
-    let (host, path) = pid_path(
-        json!([{"type": "pid", "path": "/proc/77/ns/pid"}]),
-        Some(77),
-    );
-    assert_eq!(path, "/run/bulkhead/pod/ns/pid");
-    assert!(!host.own_pid_namespace);
-}
-
-#[test]
-fn rewrite_pid_namespace_of_the_host_is_the_pods() {
-    let (host, path) = pid_path(json!([]), Some(77));
-    assert_eq!(path, "/run/bulkhead/pod/ns/pid");
-    assert!(!host.own_pid_namespace);
+fn rewrite_pid_namespace_of_the_sandbox_or_the_host_is_the_pods() {
+    let pods = "/run/bulkhead/pod/ns/pid";
+    assert_eq!(guest_pid_path(Some("/proc/77/ns/pid")), pods);
+    assert_eq!(guest_pid_path(None), pods);
 }
 
 #[test]
 fn rewrite_pid_namespace_of_another_container_is_that_ones() {
-    let (host, path) = pid_path(
-        json!([{"type": "pid", "path": "/proc/79/ns/pid"}]),
-        Some(77),
-    );
-    assert_eq!(path, "/run/bulkhead/pod/ns/pid-of/d");
-    assert!(!host.own_pid_namespace);
+    let of_d = "/run/bulkhead/pod/ns/pid-of/d";
+    assert_eq!(guest_pid_path(Some("/proc/79/ns/pid")), of_d);
 }
 
 #[test]
