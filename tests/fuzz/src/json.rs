@@ -7,6 +7,20 @@ use serde_json::{Map, Value, json};
 /// Most changes to one document.
 const MAX_CHANGES: u8 = 12;
 
+/// Most values that one change adds by repeating: repeated again and again, few
+/// bytes of input would else make a document that is large itself.
+const MAX_REPEATED: usize = 1024;
+
+/// How many values there are in one, itself included.
+fn parts(value: &Value) -> usize {
+    let below: usize = match value {
+        Value::Array(list) => list.iter().map(parts).sum(),
+        Value::Object(map) => map.values().map(parts).sum(),
+        _ => 0,
+    };
+    1 + below
+}
+
 /// `document` with a few changes that the input decides on.
 pub fn change(mut document: Value, input: &mut Unstructured<'_>) -> Result<Value> {
     for _ in 0..=input.arbitrary::<u8>()? % MAX_CHANGES {
@@ -47,6 +61,7 @@ fn change_one(place: &mut Value, input: &mut Unstructured<'_>) -> Result<()> {
             2 => {
                 let times = usize::from(input.arbitrary::<u8>()?);
                 if let Some(first) = list.first().cloned() {
+                    let times = times.min(MAX_REPEATED / parts(&first));
                     list.extend(std::iter::repeat_n(first, times));
                 }
             }
