@@ -131,6 +131,11 @@ soak: cache install ## The end-to-end tests with their full counts
 	$(call step,soak)
 	BULKHEAD_SOAK=1 BULKHEAD_PREFIX=$(PREFIX) cargo test --package bulkhead-e2e -- --test-threads=$(NODES) --nocapture
 
+.PHONY: conformance
+conformance: cache install ## critest with runc and with Bulkhead, compared (about an hour when emulated)
+	$(call step,conformance)
+	@BULKHEAD_PREFIX=$(PREFIX) cargo run --quiet --release --package bulkhead-conformance -- --nodes $(NODES) $(CONFORMANCE_ARGUMENTS)
+
 # Static, because they run in the node whatever the libraries here.
 bench_target = $(CARGO_TARGET_DIR)/static/x86_64-unknown-linux-gnu/release
 

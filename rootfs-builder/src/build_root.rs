@@ -70,6 +70,19 @@ impl BuildRoot {
         Ok(Self { path })
     }
 
+    /// A root of other `packages`, to take programs from and to run them: it has no compilers and no mount points.
+    ///
+    /// # Errors
+    /// Any [`DebianRootError`].
+    pub fn of<'a>(
+        cache: &Cache,
+        name: &str,
+        packages: impl IntoIterator<Item = &'a str>,
+    ) -> Result<Self, DebianRootError> {
+        let path = DebianRoot::new(name).packages(packages).or_build(cache)?;
+        Ok(Self { path })
+    }
+
     /// The root's directory.
     pub fn path(&self) -> &Path {
         &self.path

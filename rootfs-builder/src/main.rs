@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use rootfs_builder::build_root::{BuildRoot, RustToolchain};
 use rootfs_builder::cache::Cache;
-use rootfs_builder::image::Image;
+use rootfs_builder::image::{self, Image};
 use rootfs_builder::install::{self, Artefacts};
 use rootfs_builder::source::Workspace;
 use rootfs_builder::static_build::StaticBuild;
@@ -35,7 +35,9 @@ enum Action {
     Initramfs(Profile),
     /// Makes the archive of an OCI image.
     Image { name: Image },
-    /// Builds all of the above.
+    /// Makes the storage of a registry with the images that critest pulls.
+    ConformanceRegistry,
+    /// Builds all of the above but the conformance images.
     All(Profile),
     /// Builds what a host needs and lays it out below a prefix.
     Install {
@@ -97,6 +99,7 @@ impl Builder {
             Action::Product(profile) => self.product(profile)?,
             Action::Initramfs(profile) => self.initramfs(profile)?,
             Action::Image { name } => name.or_build(&self.cache, &self.root)?,
+            Action::ConformanceRegistry => image::conformance_registry(&self.cache, &self.root)?,
             Action::All(profile) => return self.all(profile),
             Action::Install { profile, prefix } => self.install(profile, prefix)?,
             Action::Reproducible(profile) => {

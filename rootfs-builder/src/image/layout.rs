@@ -1,5 +1,6 @@
-//! The archive around a layer: an OCI image layout (image-spec 1.1, image-layout.md) with one manifest.
+//! An image as its blobs, and the archive around it: an OCI image layout (image-spec 1.1, image-layout.md) with one manifest.
 
+use std::collections::BTreeMap;
 use std::io;
 
 use serde_json::{Value, json};
@@ -13,47 +14,69 @@ const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
-/// The archive of an image with one layer. `config` is the image configuration's `config` object; each of `names` is a
-/// full reference that the image gets when it is imported.
-///
-/// The layer is not compressed, since a compressor's next version would change the bytes.
-pub(super) fn archive(layer: &Layer, config: &Value, names: &[&str]) -> io::Result<Vec<u8>> {
-    let mut blobs = Layer::new();
-    let mut add = |content: Vec<u8>, media_type: &str| {
-        let digest = hex(&Sha256::digest(&content));
-        let descriptor = json!({ "mediaType": media_type, "digest": format!("sha256:{digest}"), "size": content.len() });
-        blobs.file(&format!("blobs/sha256/{digest}"), 0o644, content);
-        descriptor
-    };
-    let layer = add(layer.to_tar()?, LAYER);
-    let configuration = json!({
-        "created": "1970-01-01T00:00:00Z",
-        "architecture": "amd64",
-        "os": "linux",
-        "config": config,
-        "rootfs": { "type": "layers", "diff_ids": [layer["digest"]] },
-    });
-    let configuration = add(configuration.to_string().into_bytes(), CONFIG);
-    let manifest = json!({
-        "schemaVersion": 2,
-        "mediaType": MANIFEST,
-        "config": configuration,
-        "layers": [layer],
-    });
-    let manifest = add(manifest.to_string().into_bytes(), MANIFEST);
-
+/// The archive of one image. Each of `names` is a full reference that the image gets when it is imported.
+pub(super) fn archive(image: &Packed, names: &[&str]) -> io::Result<Vec<u8>> {
+    let mut archive = Layer::new();
+    for (digest, content) in &image.blobs {
+        archive.file(&format!("blobs/sha256/{digest}"), 0o644, content.clone());
+    }
     let index = json!({
         "schemaVersion": 2,
         "mediaType": INDEX,
-        "manifests": names.iter().map(|name| named(&manifest, name)).collect::<Vec<_>>(),
+        "manifests": names.iter().map(|name| named(&image.manifest, name)).collect::<Vec<_>>(),
     });
-    blobs.file("index.json", 0o644, index.to_string());
-    blobs.file(
+    archive.file("index.json", 0o644, index.to_string());
+    archive.file(
         "oci-layout",
         0o644,
         json!({ "imageLayoutVersion": "1.0.0" }).to_string(),
     );
-    blobs.to_tar()
+    archive.to_tar()
+}
+
+/// An image as content: its blobs, and what leads to them.
+#[derive(Debug)]
+pub(super) struct Packed {
+    /// Layers, configuration and manifest by their SHA-256 in hex.
+    pub(super) blobs: BTreeMap<String, Vec<u8>>,
+    /// The descriptor of the manifest.
+    pub(super) manifest: Value,
+}
+
+impl Packed {
+    /// An image of `layers`, the lowest first. `config` is the image configuration's `config` object.
+    ///
+    /// The layers are not compressed, since a compressor's next version would change the bytes.
+    pub(super) fn new(layers: &[&Layer], config: &Value) -> io::Result<Self> {
+        let mut blobs = BTreeMap::new();
+        let mut add = |content: Vec<u8>, media_type: &str| {
+            let digest = hex(&Sha256::digest(&content));
+            let descriptor = json!({ "mediaType": media_type, "digest": format!("sha256:{digest}"), "size": content.len() });
+            blobs.insert(digest, content);
+            descriptor
+        };
+        let layers = layers
+            .iter()
+            .map(|layer| Ok(add(layer.to_tar()?, LAYER)))
+            .collect::<io::Result<Vec<_>>>()?;
+        let diff_ids: Vec<_> = layers.iter().map(|layer| &layer["digest"]).collect();
+        let configuration = json!({
+            "created": "1970-01-01T00:00:00Z",
+            "architecture": "amd64",
+            "os": "linux",
+            "config": config,
+            "rootfs": { "type": "layers", "diff_ids": diff_ids },
+        });
+        let configuration = add(configuration.to_string().into_bytes(), CONFIG);
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "config": configuration,
+            "layers": layers,
+        });
+        let manifest = add(manifest.to_string().into_bytes(), MANIFEST);
+        Ok(Self { blobs, manifest })
+    }
 }
 
 /// containerd takes the whole name from its own annotation, other tools the tag from the specification's.
@@ -68,7 +91,6 @@ fn named(manifest: &Value, name: &str) -> Value {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
     use std::io::Read;
 
     use super::*;
@@ -88,11 +110,8 @@ mod tests {
     fn archive_every_descriptor_leads_to_a_blob_of_its_digest_and_size() {
         let mut layer = Layer::new();
         layer.file("hello", 0o644, "hello");
-        let bytes = archive(
-            &layer,
-            &json!({ "Cmd": ["/hello"] }),
-            &["example.org/hello:1", "example.org/hello:2"],
-        );
+        let image = Packed::new(&[&layer], &json!({ "Cmd": ["/hello"] })).unwrap();
+        let bytes = archive(&image, &["example.org/hello:1", "example.org/hello:2"]);
         let files = unpack(&bytes.unwrap());
         let blob = |descriptor: &Value| {
             let digest = descriptor["digest"]

@@ -1,19 +1,46 @@
 //! OCI images made from Debian's packages, without a registry, as archives that `ctr images import` takes.
 
 mod busybox;
+mod conformance;
 mod layer;
 mod layout;
+mod packaged;
 mod pause;
 mod programs;
+mod registry;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
 
 use crate::build_root::BuildRoot;
 use crate::cache::{Cache, Key};
+
+/// The storage of a registry with the images that critest pulls, made when the store does not have it: a directory for the
+/// Go distribution registry's file system driver.
+///
+/// # Errors
+/// When the packages cannot be had, a tool in a root fails, or the storage cannot be written.
+pub fn conformance_registry(cache: &Cache, build: &BuildRoot) -> Result<PathBuf> {
+    let packages = BuildRoot::of(
+        cache,
+        "the Debian 13 root of the conformance images",
+        conformance::PACKAGES,
+    )?;
+    let mut key = Key::new();
+    key.text("build", &build.path().to_string_lossy())
+        .text("packages", &packages.path().to_string_lossy())
+        .tree(
+            "sources",
+            &Path::new(env!("CARGO_MANIFEST_DIR")).join("src/image"),
+        )?;
+    let entry = cache
+        .entry("conformance-registry", &key)
+        .describe("the conformance images", Duration::from_secs(20));
+    Ok(entry.or_build(|directory| conformance::write(directory, build, &packages))?)
+}
 
 /// The images that examples and tests use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

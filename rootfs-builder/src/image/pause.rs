@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use super::layer::Layer;
-use super::layout;
+use super::layout::{self, Packed};
 use super::programs::PAUSE;
 use crate::build_root::BuildRoot;
 
@@ -17,9 +17,19 @@ const NAMES: [&str; 4] = [
 ];
 
 pub(super) fn archive(root: &BuildRoot) -> Result<Vec<u8>> {
+    packed(root, None)
+        .and_then(|image| Ok(layout::archive(&image, &NAMES)?))
+        .context("write the image pause")
+}
+
+/// The image, with `version` as a label if one is given, which makes it another image.
+pub(super) fn packed(root: &BuildRoot, version: Option<&str>) -> Result<Packed> {
     let mut layer = Layer::new();
     layer.file(PAUSE.name, 0o755, PAUSE.compile(root)?);
     // No privilege is needed to wait.
-    let config = json!({ "User": "65535:65535", "Entrypoint": ["/pause"], "WorkingDir": "/" });
-    layout::archive(&layer, &config, &NAMES).context("write the image pause")
+    let mut config = json!({ "User": "65535:65535", "Entrypoint": ["/pause"], "WorkingDir": "/" });
+    if let Some(version) = version {
+        config["Labels"] = json!({ "org.opencontainers.image.version": version });
+    }
+    Ok(Packed::new(&[&layer], &config)?)
 }

@@ -34,6 +34,11 @@ pub(super) const HANG_FS: Program = Program {
     name: "hang-fs",
     source: include_str!("programs/hang-fs.c"),
 };
+/// For conformance: prints its effective user.
+pub(super) const EFFECTIVE_UID: Program = Program {
+    name: "effective-uid",
+    source: include_str!("programs/effective-uid.c"),
+};
 
 impl Program {
     /// Compiles it in the build root.

@@ -33,6 +33,9 @@ pub enum ImageError {
     /// A part cannot be built or stored.
     #[error("build a part of the node")]
     Cache(#[from] CacheError),
+    /// The images that the node's registry serves cannot be made.
+    #[error("make the images of the node's registry")]
+    Registry(#[source] anyhow::Error),
     /// A program failed.
     #[error("build a part of the node")]
     Command(#[from] CommandError),
@@ -171,6 +174,10 @@ fn parts(cache: &Cache, base: &Base) -> Result<Vec<disk::Part>, ImageError> {
         disk::Part {
             from: images::or_build(cache, &build_root)?,
             to: "images",
+        },
+        disk::Part {
+            from: images::registry_or_build(cache, &build_root)?,
+            to: "registry",
         },
     ];
     for tool in &tools::TOOLS {

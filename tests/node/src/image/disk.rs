@@ -131,6 +131,9 @@ fn scale_timeouts(directory: &Path, factor: u32) -> Result<(), ImageError> {
         .flatten()
     {
         let path = entry.path();
+        if path.is_dir() {
+            continue;
+        }
         let text = fs::read_to_string(&path).map_err(failed("read", &path))?;
         fs::write(&path, scaled(&text, factor)).map_err(failed("write", &path))?;
     }

@@ -1,4 +1,4 @@
-//! The OCI images that every containerd in the node starts with.
+//! The OCI images that every containerd in the node starts with, and those that it can pull.
 
 use std::fs;
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context;
 use rootfs_builder::build_root::BuildRoot;
 use rootfs_builder::cache::{Cache, Key};
-use rootfs_builder::image::Image;
+use rootfs_builder::image::{self, Image};
 
 use super::{ImageError, package_dir};
 
@@ -30,4 +30,9 @@ pub(super) fn or_build(cache: &Cache, root: &BuildRoot) -> Result<PathBuf, Image
         }
         anyhow::Ok(())
     })?)
+}
+
+/// The storage of the node's registry: the images that critest pulls.
+pub(super) fn registry_or_build(cache: &Cache, root: &BuildRoot) -> Result<PathBuf, ImageError> {
+    image::conformance_registry(cache, root).map_err(ImageError::Registry)
 }

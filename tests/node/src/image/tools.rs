@@ -21,7 +21,7 @@ pub(super) struct Tool {
 }
 
 /// All of them. The versions are those of each go.mod.
-pub(super) const TOOLS: [Tool; 8] = [
+pub(super) const TOOLS: [Tool; 9] = [
     Tool {
         module: "containerd-2.4",
         destination: "containerd-2.4/bin",
@@ -76,6 +76,12 @@ pub(super) const TOOLS: [Tool; 8] = [
         destination: "bin",
         packages: &["sigs.k8s.io/cri-tools/cmd/crictl"],
         test: Some("sigs.k8s.io/cri-tools/cmd/critest"),
+    },
+    Tool {
+        module: "registry",
+        destination: "bin",
+        packages: &["github.com/distribution/distribution/v3/cmd/registry"],
+        test: None,
     },
 ];
 
