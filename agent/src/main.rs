@@ -3,6 +3,7 @@
 //! when told. The same binary is the single-threaded helper that makes each
 //! container, and the init of a PID namespace that they share.
 
+mod apparmor;
 mod clock;
 mod containers;
 mod entropy;

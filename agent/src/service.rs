@@ -13,12 +13,13 @@ use agent_protocol::{
         ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
         CreateContainerResponse, CreatePodRequest, CreatePodResponse, DeleteProcessRequest,
         DeleteProcessResponse, ExecProcessRequest, ExecProcessResponse, HelloRequest,
-        HelloResponse, ListProcessesRequest, ListProcessesResponse, PauseContainerRequest,
-        PauseContainerResponse, ResizeTerminalRequest, ResizeTerminalResponse,
-        ResumeContainerRequest, ResumeContainerResponse, SetNetworkRequest, SetNetworkResponse,
-        ShutdownRequest, ShutdownResponse, SignalProcessRequest, SignalProcessResponse,
-        StartProcessRequest, StartProcessResponse, UpdateContainerRequest, UpdateContainerResponse,
-        WaitProcessRequest, WaitProcessResponse,
+        HelloResponse, ListProcessesRequest, ListProcessesResponse, LoadApparmorPolicyRequest,
+        LoadApparmorPolicyResponse, PauseContainerRequest, PauseContainerResponse,
+        ResizeTerminalRequest, ResizeTerminalResponse, ResumeContainerRequest,
+        ResumeContainerResponse, SetNetworkRequest, SetNetworkResponse, ShutdownRequest,
+        ShutdownResponse, SignalProcessRequest, SignalProcessResponse, StartProcessRequest,
+        StartProcessResponse, UpdateContainerRequest, UpdateContainerResponse, WaitProcessRequest,
+        WaitProcessResponse,
     },
     service::Agent,
 };
@@ -31,7 +32,7 @@ use tokio::{
 use ttrpc::{Code, r#async::TtrpcContext};
 
 use crate::{
-    clock,
+    apparmor, clock,
     containers::Containers,
     entropy,
     network::Network,
@@ -112,6 +113,21 @@ impl Agent for Service {
             Ok(CreatePodResponse::default())
         })
         .await
+    }
+
+    async fn load_apparmor_policy(
+        &self,
+        _: &TtrpcContext,
+        request: LoadApparmorPolicyRequest,
+    ) -> ttrpc::Result<LoadApparmorPolicyResponse> {
+        to_its_end(async move {
+            spawn_blocking(move || apparmor::load(&request.policy))
+                .await
+                .map_err(|error| internal(&error))?
+                .map_err(|error| status(Code::FAILED_PRECONDITION, chain(&error)))
+        })
+        .await?;
+        Ok(LoadApparmorPolicyResponse::default())
     }
 
     async fn create_container(

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use oci_spec::runtime::{Linux, Process as ProcessSpec, Spec};
 
+use crate::apparmor;
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::control::{ExecSpec, Request};
 use crate::launch::{ContainerStdio, LaunchError, document, launch};
@@ -54,7 +55,7 @@ impl ExecDefaults {
     }
 
     /// As runc does it: what an exec does not name of capabilities, limits, the
-    /// OOM score and scheduling is the container's.
+    /// OOM score, the AppArmor profile and scheduling is the container's.
     fn complete(&self, asked: &ProcessSpec) -> ExecSpec {
         let mut process = asked.clone();
         if process.capabilities().is_none() {
@@ -65,6 +66,9 @@ impl ExecDefaults {
         }
         if process.oom_score_adj().is_none() {
             process.set_oom_score_adj(self.process.oom_score_adj());
+        }
+        if apparmor::profile_of(&process).is_none() {
+            process.set_apparmor_profile(self.process.apparmor_profile().clone());
         }
         if process.scheduler().is_none() {
             process.set_scheduler(self.process.scheduler().clone());

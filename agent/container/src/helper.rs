@@ -135,6 +135,7 @@ fn run(channel: &Channel) -> Result<(), HelperError> {
                 streams,
                 procs,
                 procs_of_init,
+                procfs: open_procfs()?,
             };
             exec(channel, &init, joined)
         }
@@ -200,12 +201,7 @@ fn create(
     .and_then(|procs| File::from(procs).write_all(b"0"))
     .map_err(HelperError::Cgroup)?;
 
-    let procfs = open(
-        "/proc",
-        OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(HelperError::Procfs)?;
+    let procfs = open_procfs()?;
     let mut sources = Sources::open(&spec, share_dir, pod_dir, cgroup, &procfs)?;
     namespaces::join(&spec, pod_dir)?;
     let mut new = namespaces::new_ones(&spec);
@@ -231,6 +227,7 @@ fn create(
             sources,
             streams,
             hooks,
+            procfs,
         };
         init::main(channel, init);
     }
@@ -287,6 +284,12 @@ fn wait_until_announced(announced: &Channel) -> HashMap<usize, OwnedFd> {
             Ok(None) | Err(_) => std::process::exit(1),
         }
     }
+}
+
+/// The guest's, which the process that is made has no way to by name.
+fn open_procfs() -> Result<OwnedFd, HelperError> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    open("/proc", flags, Mode::empty()).map_err(HelperError::Procfs)
 }
 
 fn read_document<T: DeserializeOwned>(memfd: OwnedFd) -> Result<T, HelperError> {

@@ -15,6 +15,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::unistd::{sethostname, setsid};
 use oci_spec::runtime::{Process, Spec};
 
+use crate::apparmor::OnExec;
 use crate::control::{Channel, Report};
 use crate::hooks::StartHooks;
 use crate::kernel_calls::{bring_loopback_up, set_domain_name};
@@ -34,6 +35,8 @@ pub struct Init {
     pub streams: Option<[OwnedFd; 3]>,
     /// Run at the start.
     pub hooks: StartHooks,
+    /// The guest's.
+    pub procfs: OwnedFd,
 }
 
 /// Becomes the user's program, or reports why not and ends.
@@ -45,6 +48,8 @@ pub fn main(channel: &Channel, init: Init) -> ! {
 fn run(channel: &Channel, init: Init) -> Result<Infallible, SetupError> {
     let spec = init.spec;
     let process = spec.process().as_ref().ok_or(SetupError::NoProcess)?;
+    let apparmor = OnExec::open(&init.procfs, process)?;
+    drop(init.procfs);
     setsid().map_err(failed("start a session"))?;
     let own_user_namespace = user_namespace::of_spec(&spec).is_some();
     if own_user_namespace {
@@ -74,7 +79,7 @@ fn run(channel: &Channel, init: Init) -> Result<Infallible, SetupError> {
     become_streams(&streams)?;
     drop(streams);
     make_working_directory(process.cwd())?;
-    let (prepared, warnings) = prepare(process, linux)?;
+    let (prepared, warnings) = prepare(process, linux, apparmor)?;
 
     channel.send(&Report::Ready { warnings }, &[])?;
     setup::wait_for_start(channel, &prepared, init.hooks)

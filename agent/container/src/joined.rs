@@ -15,6 +15,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::setsid;
 use oci_spec::runtime::Process;
 
+use crate::apparmor::OnExec;
 use crate::control::{Channel, ExecSpec, Report};
 use crate::hooks::StartHooks;
 use crate::rootfs::Tree;
@@ -33,6 +34,8 @@ pub struct Joined {
     pub procs: OwnedFd,
     /// `cgroup.procs` of the cgroup that its init is in.
     pub procs_of_init: OwnedFd,
+    /// The guest's.
+    pub procfs: OwnedFd,
 }
 
 /// Becomes the user's program, or reports why not and ends.
@@ -46,6 +49,8 @@ fn run(channel: &Channel, joined: Joined) -> Result<Infallible, SetupError> {
     // Not the helper but this process, so that one more process is enough for a
     // limit: moving into a cgroup is never refused for it, unlike a fork in it.
     join_cgroup(joined.procs, joined.procs_of_init).map_err(SetupError::Cgroup)?;
+    let apparmor = OnExec::open(&joined.procfs, &spec.process)?;
+    drop(joined.procfs);
     scheduling::go_on_on(&spec.process)?;
     setsid().map_err(failed("start a session"))?;
     if user_namespace::of(spec.linux.as_ref()).is_some() {
@@ -58,7 +63,7 @@ fn run(channel: &Channel, joined: Joined) -> Result<Infallible, SetupError> {
     };
     become_streams(&streams)?;
     drop(streams);
-    let (prepared, warnings) = prepare(process, spec.linux.as_ref())?;
+    let (prepared, warnings) = prepare(process, spec.linux.as_ref(), apparmor)?;
     channel.send(&Report::Ready { warnings }, &[])?;
     setup::wait_for_start(channel, &prepared, StartHooks::default())
 }

@@ -18,6 +18,7 @@
 //! What a specification may ask for is decided before anything is made
 //! ([`parse`], [`validate`]); what is not supported is refused by name.
 
+mod apparmor;
 mod cgroup;
 mod container;
 mod control;

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use nix::unistd::{chdir, dup2_stderr, dup2_stdin, dup2_stdout, getcwd};
 use oci_spec::runtime::{Linux, Process};
 
+use crate::apparmor::{AppArmorError, OnExec};
 use crate::control::{Channel, ChannelError, Command, Report};
 use crate::credentials::{self, CapabilitySets, CredentialsError};
 use crate::execution_domain::{enter_memory_policy, enter_personality};
@@ -26,6 +27,8 @@ use crate::terminal::{Terminal, TerminalError};
 pub enum SetupError {
     #[error(transparent)]
     Channel(#[from] ChannelError),
+    #[error(transparent)]
+    AppArmor(#[from] AppArmorError),
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
     #[error(transparent)]
@@ -121,6 +124,7 @@ pub fn become_streams([stdin, stdout, stderr]: &[OwnedFd; 3]) -> Result<(), Setu
 pub fn prepare(
     process: &Process,
     linux: Option<&Linux>,
+    apparmor: Option<OnExec>,
 ) -> Result<(Prepared, Vec<String>), SetupError> {
     let user = process.user();
     let seccomp = linux.and_then(|linux| linux.seccomp().as_ref());
@@ -145,6 +149,10 @@ pub fn prepare(
     // After the last file was opened and before the last capability goes:
     // RLIMIT_NOFILE may be tiny, and raising a limit is a privilege.
     credentials::set_limits(process)?;
+    // Hooks of the container's are executed under it too, as the program is.
+    if let Some(apparmor) = apparmor {
+        apparmor.set()?;
+    }
     Ok((
         Prepared {
             program,

@@ -130,11 +130,9 @@ pub fn warnings(spec: &Spec) -> Vec<String> {
 
 /// As [`warnings`], of `process` alone.
 pub fn process_warnings(process: &Process) -> Vec<String> {
-    let profile = process.apparmor_profile().as_ref();
     let label = process.selinux_label().as_ref();
-    no_effect("process.apparmorProfile", profile)
+    no_effect("process.selinuxLabel", label)
         .into_iter()
-        .chain(no_effect("process.selinuxLabel", label))
         .collect()
 }
 

@@ -8,6 +8,7 @@
 //! `spawn_blocking`; what can be awaited is handed out as a descriptor that
 //! `AsyncFd` takes (pidfds, the monitor's control socket).
 
+pub mod apparmor;
 pub mod cgroup;
 pub mod children;
 pub mod cleanup;

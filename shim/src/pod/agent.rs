@@ -8,10 +8,10 @@ use std::time::Duration;
 use agent_protocol::api::stream_header::Kind;
 use agent_protocol::api::{
     AdjustTimeRequest, ContainerStatsRequest, CreateContainerRequest, CreatePodRequest,
-    DeleteProcessRequest, ExecProcessRequest, HelloRequest, Metrics, PauseContainerRequest,
-    ProcessId, ResizeTerminalRequest, ResumeContainerRequest, SetNetworkRequest, ShutdownRequest,
-    SignalProcessRequest, StartProcessRequest, Stdio, StreamHeader, UpdateContainerRequest,
-    WaitProcessRequest, WaitProcessResponse,
+    DeleteProcessRequest, ExecProcessRequest, HelloRequest, LoadApparmorPolicyRequest, Metrics,
+    PauseContainerRequest, ProcessId, ResizeTerminalRequest, ResumeContainerRequest,
+    SetNetworkRequest, ShutdownRequest, SignalProcessRequest, StartProcessRequest, Stdio,
+    StreamHeader, UpdateContainerRequest, WaitProcessRequest, WaitProcessResponse,
 };
 use agent_protocol::service::AgentClient;
 use agent_protocol::{
@@ -190,6 +190,21 @@ impl Agent {
         call(
             "set up the pod's network in the guest",
             self.client.set_network(bounded(CALL_TIMEOUT), request),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Gives the guest's kernel AppArmor policy of the host's.
+    pub async fn load_apparmor_policy(&self, policy: Vec<u8>) -> Result<(), Error> {
+        let request = LoadApparmorPolicyRequest {
+            policy,
+            ..LoadApparmorPolicyRequest::default()
+        };
+        call(
+            "load the AppArmor policy in the guest",
+            self.client
+                .load_apparmor_policy(bounded(CALL_TIMEOUT), &request),
         )
         .await
         .map(drop)

@@ -108,6 +108,7 @@ impl Container {
         let id = request.id.clone();
         let (io, plan) = (request.io.clone(), request.plan.clone());
         let bundle = request.bundle.clone();
+        let profile = host_view.apparmor_profile.clone();
         let created = async {
             let (pid, spec_json) =
                 Self::create_on_host(pod, request, host_view, guest_spec).await?;
@@ -124,6 +125,7 @@ impl Container {
             if behind != Behind::Pause {
                 let opened = Opened::open(&plan, &id, namespace).await?;
                 let wanted = opened.wanted();
+                pod.load_apparmor(agent, profile.as_deref()).await?;
                 let created = agent.create_container(&id, &bundle, spec_json, wanted);
                 pod.explain(created.await).await?;
                 container.init.connect(pod, agent, opened).await?;

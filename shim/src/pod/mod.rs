@@ -1,6 +1,7 @@
 //! A pod: one VM, the containers in it, and what both need of the host.
 
 pub mod agent;
+pub mod apparmor;
 mod clock;
 pub mod container;
 mod execs;
@@ -72,6 +73,9 @@ pub enum Error {
     /// The guest's socket.
     #[error(transparent)]
     Vsock(#[from] vsock::Error),
+    /// Its AppArmor profile.
+    #[error(transparent)]
+    AppArmor(#[from] host::apparmor::Error),
     /// The agent in the guest.
     #[error(transparent)]
     Agent(#[from] agent::Error),
@@ -135,6 +139,7 @@ pub struct Pod {
     vsock: Vsock,
     agent: Arc<OnceCell<Agent>>,
     network: Arc<tokio::sync::Mutex<GuestNetwork>>,
+    apparmor: Arc<tokio::sync::Mutex<apparmor::Loaded>>,
 }
 
 impl Pod {
@@ -181,6 +186,7 @@ impl Pod {
             vsock,
             agent: Arc::default(),
             network: Arc::default(),
+            apparmor: Arc::default(),
         })
     }
 

@@ -9,10 +9,12 @@ use containerd_shim_protos::events::task::{
     TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
 };
 use protobuf::MessageField;
+use serde_json::Value;
 use tokio::sync::{OnceCell, watch};
 use tracing::{info, warn};
 
 use super::agent::Agent;
+use super::apparmor;
 use super::{EXPLAIN_TIMEOUT, Error, Pod, chain};
 use crate::events::{Event, Events, now_ns, timestamp};
 use crate::host::pod::ExitRecord;
@@ -33,8 +35,8 @@ const KILLED_STATUS: u32 = 128 + libc::SIGKILL.unsigned_abs();
 pub struct ExecRequest {
     /// Its id, unique in its container.
     pub exec_id: String,
-    /// `process` of the OCI runtime configuration, as JSON.
-    pub process_json: Vec<u8>,
+    /// `process` of the OCI runtime configuration.
+    pub process: Value,
     /// Its streams, as the client named them.
     pub io: Io,
     /// Where these streams go.
@@ -128,7 +130,11 @@ impl Process {
                 reason: "it was taken down".to_owned(),
             })??;
             let process = Self::new(id.clone(), pid, request.io);
-            let asked = agent.exec(&id, request.process_json, opened.wanted());
+            // Without one it gets the container's.
+            let profile = apparmor::profile_of(&request.process);
+            pod.load_apparmor(agent, profile.as_deref()).await?;
+            let process_json = request.process.to_string().into_bytes();
+            let asked = agent.exec(&id, process_json, opened.wanted());
             pod.explain(asked.await).await?;
             process.connect(pod, agent, opened).await?;
             Ok(process)

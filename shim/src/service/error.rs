@@ -147,12 +147,14 @@ fn pod_code(error: &pod::Error) -> Code {
             Code::INVALID_ARGUMENT
         }
         pod::Error::Volume(crate::spec::IntoJsonError::Volume { source, .. }) => host_code(source),
+        pod::Error::AppArmor(error) if error.blames_caller() => Code::FAILED_PRECONDITION,
         // The streams are the client's to make.
         pod::Error::Stdio(_) => Code::INVALID_ARGUMENT,
         pod::Error::Agent(error) => agent_code(error),
         pod::Error::Start(
             pod::host_side::StartError::Install(_) | pod::host_side::StartError::Watch(_),
         )
+        | pod::Error::AppArmor(_)
         | pod::Error::Vsock(_)
         | pod::Error::Ended { .. }
         | pod::Error::BootTimeout

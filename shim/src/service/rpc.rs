@@ -77,13 +77,13 @@ impl Rpc {
 
 /// A part of an OCI runtime configuration, which containerd sends as JSON in an
 /// `Any`: `what` of the request.
-fn json_object(what: &str, part: &Any) -> Result<Vec<u8>, Error> {
+fn json_object(what: &str, part: &Any) -> Result<Value, Error> {
     let wrong = |reason: String| Error::Argument {
         what: what.to_owned(),
         reason,
     };
     match serde_json::from_slice::<Value>(&part.value) {
-        Ok(Value::Object(_)) => Ok(part.value.clone()),
+        Ok(object @ Value::Object(_)) => Ok(object),
         Ok(_) => Err(wrong("is not an object".to_owned())),
         Err(error) => Err(wrong(format!("is not JSON: {error}"))),
     }
@@ -358,7 +358,7 @@ impl TaskService for Rpc {
             };
             let exec = ExecRequest {
                 exec_id: request.exec_id,
-                process_json: json_object("spec", &request.spec)?,
+                process: json_object("spec", &request.spec)?,
                 plan: io.plan()?,
                 io,
             };
@@ -414,6 +414,7 @@ impl TaskService for Rpc {
             // An unknown task first, whatever else is wrong.
             shim.task(&request.id)?;
             let resources = json_object("resources", &request.resources)?;
+            let resources = resources.to_string().into_bytes();
             shim.update(&request.id, resources).await?;
             Ok(Empty::new())
         })

@@ -118,6 +118,6 @@ pub fn read(bundle: &Path) -> Result<Value, Error> {
 }
 
 /// The text at `pointer`, if there is any.
-fn text<'a>(spec: &'a Value, pointer: &str) -> Option<&'a str> {
+pub fn text<'a>(spec: &'a Value, pointer: &str) -> Option<&'a str> {
     spec.pointer(pointer).and_then(Value::as_str)
 }

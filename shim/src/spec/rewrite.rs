@@ -9,6 +9,7 @@ use super::binds::{self, Volumes, is_bind};
 use super::namespaces::{Namespaces, Peers};
 use super::{Error, Membership, hooks, text};
 use crate::host::pod::ContainerHooks;
+use crate::pod::apparmor;
 use crate::pod::size::Limits;
 
 /// What the host does with a configuration.
@@ -32,6 +33,8 @@ pub struct HostView {
     pub limits: Limits,
     /// The files and directories that it binds, each with the index of its mount.
     pub bind_sources: Vec<(usize, PathBuf)>,
+    /// The AppArmor profile of its program.
+    pub apparmor_profile: Option<String>,
     /// Whether the container has a PID namespace of its own, with which all its
     /// processes end.
     pub own_pid_namespace: bool,
@@ -77,6 +80,7 @@ impl GuestSpec {
             shm_source: shm_source.clone(),
             limits: Limits::of(&spec, &membership),
             bind_sources: binds::sources(&spec["mounts"], shm_source.as_deref()),
+            apparmor_profile: apparmor::profile_of(&spec["process"]),
             own_pid_namespace: namespaces.own_pid,
             membership,
         };

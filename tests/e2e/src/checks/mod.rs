@@ -1,5 +1,6 @@
 //! The checks, by what a user would notice.
 
+pub mod apparmor;
 pub mod compatibility;
 pub mod containers;
 pub mod control;
@@ -39,6 +40,7 @@ pub const ALL: &[&[Check]] = &[
     shim::CHECKS,
     oci::CHECKS,
     oci_matrix::CHECKS,
+    apparmor::CHECKS,
     jail::CHECKS,
     failures::CHECKS,
     examples::CHECKS,

@@ -194,7 +194,7 @@ pub fn run_identity(host: &Host) {
     spec["process"]["cwd"] = json!("/made/on/the/way");
     spec["process"]["env"] = json!(["A=b", "PATH=/bin"]);
     spec["process"]["oomScoreAdj"] = json!(321);
-    spec["process"]["apparmorProfile"] = json!("some-profile");
+    spec["process"]["selinuxLabel"] = json!("some-label");
     // Reading a file needs a fourth descriptor.
     spec["process"]["rlimits"][0]["soft"] = json!(4);
     write_file(
@@ -245,7 +245,7 @@ pub fn run_identity(host: &Host) {
     assert_eq!(outcome.of("cat /proc/self/oom_score_adj"), "321");
     assert_eq!(
         outcome.warnings,
-        ["process.apparmorProfile has no effect in the guest"]
+        ["process.selinuxLabel has no effect in the guest"]
     );
 }
 
