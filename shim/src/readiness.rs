@@ -15,11 +15,24 @@ use tokio::io::unix::AsyncFd;
 /// # Panics
 /// Outside a tokio runtime.
 pub fn readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    register(descriptor, Interest::READABLE)
+}
+
+/// Registers a file of procfs that tells of a change by `POLLPRI`, as
+/// `/proc/self/mountinfo` (proc(5)), to be awaited until it does
+/// ([`AsyncFd::ready`] with [`Interest::PRIORITY`]).
+///
+/// # Panics
+/// Outside a tokio runtime.
+pub fn changed(file: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    register(file, Interest::PRIORITY)
+}
+
+fn register(descriptor: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the descriptor must stay open, and `as_raw_fd` must go on
     // returning it, while it is registered. An OwnedFd owns its descriptor
     // alone and always returns the same; the AsyncFd owns the OwnedFd and gives
     // out no way to replace or close it before it has taken back the
     // registration.
-    unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }
-        .map_err(io::Error::from)
+    unsafe { AsyncFd::register_with_interest(descriptor, interest) }.map_err(io::Error::from)
 }

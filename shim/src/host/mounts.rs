@@ -6,6 +6,7 @@
 //! copy of the mount.
 
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::sched::{CloneFlags, unshare};
@@ -250,12 +251,11 @@ pub(super) fn bind(
 
 /// Attaches a copy of what `opened` refers to, directory or file, at `target`.
 pub(super) fn attach_copy(
-    opened: &std::os::fd::OwnedFd,
+    opened: &OwnedFd,
     target: &Path,
     recursive: bool,
     access: Access,
 ) -> rustix::io::Result<()> {
-    use std::os::fd::AsFd;
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH;
@@ -271,6 +271,23 @@ pub(super) fn attach_copy(
         target,
         MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
     )
+}
+
+/// Attaches a copy of what `opened` refers to, without what is mounted below, over
+/// what `target` refers to. Returns the mount.
+pub(super) fn attach_copy_at(
+    opened: &OwnedFd,
+    target: &OwnedFd,
+    access: Access,
+) -> rustix::io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    let tree = open_tree(opened, "", flags)?;
+    mount_attributes::disarm(tree.as_fd(), access)?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    move_mount(&tree, "", target, "", flags)?;
+    Ok(tree)
 }
 
 fn mount_device(described: &Mount, options: &Options<'_>, target: &Path) -> Result<(), Error> {

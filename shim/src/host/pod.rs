@@ -20,10 +20,10 @@ use super::netns::{self, Network};
 use super::network::{self, Scan};
 use super::record::{self, Container, Process, Record};
 use super::share::{self, Share};
-use super::source::{self, Source};
+use super::source::{self, Part, Source};
 use super::stand_in::{self, StandIn};
 use super::vm::{self, Vm, VmRequest};
-use super::volumes::{self, Placed, Volumes};
+use super::volumes::{self, Below, Followee, Placed, Volumes};
 use super::{cleanup, uid};
 
 pub use record::ExitRecord;
@@ -383,14 +383,25 @@ impl HostPod {
     }
 
     /// Brings a source into the share, once per pod, with what is mounted below
-    /// it if `recursive`, and tells where it is. Volumes live as long as the pod.
+    /// it as `below` says, and tells where it is. Volumes live as long as the pod.
     pub fn add_volume(
         &mut self,
         source: &Source,
         access: Access,
-        recursive: bool,
+        below: Below,
     ) -> Result<Placed, Error> {
-        Ok(self.volumes.place(source, access, recursive)?)
+        Ok(self.volumes.place(source, access, below)?)
+    }
+
+    /// The directories of volumes below which mounts are followed
+    /// ([`Below::Followed`]).
+    pub fn followees(&self) -> Vec<Followee> {
+        self.volumes.followees()
+    }
+
+    /// Passes on to the pod what is mounted below a directory by now.
+    pub fn update_mounts(&mut self, followee: &Followee, parts: &[Part]) {
+        self.volumes.update(followee, parts);
     }
 
     /// Starts the host process whose pid the clients see: for a container's

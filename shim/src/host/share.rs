@@ -179,7 +179,7 @@ mod tests {
     use super::*;
     use crate::host::mounts::{Access, tests::private_mounts};
     use crate::host::source::Source;
-    use crate::host::volumes::Volumes;
+    use crate::host::volumes::{Below, Volumes};
 
     fn make(base: &Path, name: &str) -> PathBuf {
         let path = base.join(name);
@@ -233,7 +233,7 @@ mod tests {
             .expect("adds");
         let volume = Source::open(&source).expect("opens");
         Volumes::new(&path)
-            .place(&volume, Access::Writable, true)
+            .place(&volume, Access::Writable, Below::Now)
             .expect("places");
         let _busy = fs::File::open(share.rootfs("c1")).expect("opens");
         remove(&path).expect("removes");

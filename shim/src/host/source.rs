@@ -14,6 +14,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags, open, statx};
 use thiserror::Error;
 
 use super::mount_table::{self, MountEntry};
+use super::volumes::Followee;
 
 /// Why a mount source cannot be had.
 #[derive(Debug, Error)]
@@ -84,11 +85,13 @@ impl Location {
 
 /// One mount of a source's tree, from where the source shows it.
 #[derive(Debug)]
-pub(super) struct Part {
+pub struct Part {
     /// Relative to the source; empty for the source itself.
     pub(super) at: PathBuf,
     /// `O_PATH`.
     pub(super) opened: OwnedFd,
+    /// What the host calls the mount (`stx_mnt_id` of statx(2)).
+    pub(super) mount: u64,
     pub(super) file: FileId,
     pub(super) is_directory: bool,
     pub(super) location: Location,
@@ -103,6 +106,8 @@ pub(super) struct Part {
 pub struct Source {
     /// As in the spec.
     pub(super) path: PathBuf,
+    /// By no link.
+    pub(super) canonical: PathBuf,
     /// The source itself, and then what is mounted below it, outermost first.
     pub(super) parts: Vec<Part>,
 }
@@ -145,8 +150,23 @@ impl Source {
         }
         Ok(Self {
             path: path.to_owned(),
+            canonical,
             parts,
         })
+    }
+}
+
+/// The mounts that are below a directory now, outermost first. May block for as long
+/// as the server of one's file system does.
+///
+/// # Errors
+/// When the kernel does not tell.
+pub fn mounts_below(followee: &Followee) -> io::Result<Vec<Part>> {
+    let table = mount_table::read()?;
+    match table.iter().find(|mount| mount.id == followee.mount) {
+        Some(mount) => parts_below(&table, mount, &followee.directory),
+        // It has gone, and all of them with it.
+        None => Ok(Vec::new()),
     }
 }
 
@@ -197,6 +217,7 @@ fn part(
     Some(Part {
         at,
         opened,
+        mount: mount.id,
         file: seen.file,
         is_directory: seen.kind == FileType::Directory,
         location: Location {

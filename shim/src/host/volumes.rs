@@ -16,6 +16,9 @@
 //! change it, as long as no container of the pod may write to it. Among the
 //! containers of a pod, the guest sees to it.
 
+mod followed;
+
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -30,6 +33,9 @@ use thiserror::Error;
 use super::mount_attributes;
 use super::mounts::{self, Access};
 use super::source::{self, FileId, Location, Part, Source};
+use followed::Followed;
+
+pub use followed::Followee;
 
 /// Why a volume cannot be brought into the share.
 #[derive(Debug, Error)]
@@ -63,6 +69,17 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+}
+
+/// What of the mounts below a source comes with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Below {
+    /// None (`bind`).
+    Nothing,
+    /// Those that are there now (`rbind`).
+    Now,
+    /// Those that are there at any time (`rbind` with `rslave` or `rshared`).
+    Followed,
 }
 
 /// Where a mount source is in the share.
@@ -136,6 +153,7 @@ pub(super) struct Volumes {
     places: Vec<Place>,
     known: Vec<Volume>,
     next: u32,
+    followed: BTreeMap<Followee, Followed>,
 }
 
 impl Volumes {
@@ -145,6 +163,7 @@ impl Volumes {
             places: Vec::new(),
             known: Vec::new(),
             next: 0,
+            followed: BTreeMap::new(),
         };
         volumes.add_share(share);
         volumes
@@ -195,20 +214,24 @@ impl Volumes {
         index
     }
 
-    /// Brings a source into the share, as far as it is not there, and tells where.
-    /// With `recursive`, also what is mounted below it.
+    /// Brings a source into the share, as far as it is not there, and tells where,
+    /// with as much of what is mounted below it as is wanted.
     pub(super) fn place(
         &mut self,
         source: &Source,
         access: Access,
-        recursive: bool,
+        wanted: Below,
     ) -> Result<Placed, Error> {
+        let recursive = wanted != Below::Nothing;
         let mut below = Vec::new();
         let mut path = PathBuf::new();
         for part in &source.parts {
             let is_mount = !part.at.as_os_str().is_empty();
             if is_mount && !recursive {
                 break;
+            }
+            if is_mount && wanted == Below::Followed && !part.is_remote {
+                continue;
             }
             // `ro` is for the source itself: mounts below it stay as they are.
             let access = match access {
@@ -238,11 +261,54 @@ impl Volumes {
             below.extend(self.known_inside(&source.path, part, access, hidden)?);
         }
         below.sort_by_key(|placed| placed.at.components().count());
+        if wanted == Below::Followed {
+            self.follow(source, access, &path);
+        }
         Ok(Placed {
             path,
             read_only: source.parts.first().is_some_and(|top| top.read_only),
             below,
         })
+    }
+
+    /// Passes on what is mounted below a source that is at `path`, now and later.
+    fn follow(&mut self, source: &Source, access: Access, path: &Path) {
+        let Some(top) = source.parts.first() else {
+            return;
+        };
+        if !top.is_directory {
+            return;
+        }
+        if top.is_remote {
+            // Its mount points are its server's, which may not answer.
+            tracing::warn!(
+                "what is mounted below {} later is not passed on to the pod: its file system has a server",
+                source.path.display()
+            );
+            return;
+        }
+        let followee = Followee {
+            directory: source.canonical.clone(),
+            mount: top.mount,
+        };
+        let target = self.places[0].path.join(path);
+        let new = || Followed::new(target, access);
+        let followed = self.followed.entry(followee).or_insert_with(new);
+        followed.also(access);
+        let local = source.parts.iter().skip(1).filter(|part| !part.is_remote);
+        followed.add(local);
+    }
+
+    /// The directories below which mounts are followed.
+    pub(super) fn followees(&self) -> Vec<Followee> {
+        self.followed.keys().cloned().collect()
+    }
+
+    /// Passes on what is mounted below a directory by now.
+    pub(super) fn update(&mut self, followee: &Followee, parts: &[Part]) {
+        if let Some(followed) = self.followed.get_mut(followee) {
+            followed.update(parts);
+        }
     }
 
     fn place_part(&mut self, name: &Path, part: &Part, access: Access) -> Result<PathBuf, Error> {

@@ -109,6 +109,7 @@ impl Container {
         let (io, plan) = (request.io.clone(), request.plan.clone());
         let bundle = request.bundle.clone();
         let profile = host_view.apparmor_profile.clone();
+        let follows_mounts = host_view.follows_mounts;
         let created = async {
             let (pid, spec_json) =
                 Self::create_on_host(pod, request, host_view, guest_spec).await?;
@@ -123,6 +124,9 @@ impl Container {
             };
             let agent = pod.agent().await?;
             if behind != Behind::Pause {
+                if follows_mounts {
+                    pod.follow_mounts().await?;
+                }
                 let opened = Opened::open(&plan, &id, namespace).await?;
                 let wanted = opened.wanted();
                 pod.load_apparmor(agent, profile.as_deref()).await?;

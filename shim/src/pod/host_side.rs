@@ -21,10 +21,10 @@ use crate::host::mounts::Access;
 use crate::host::netns::Network;
 use crate::host::network::Scan;
 use crate::host::pod::{ContainerRequest, Error, ExitRecord, HostPod};
-use crate::host::source::Source;
+use crate::host::source::{Part, Source};
 use crate::host::stand_in::StandIn;
 use crate::host::vm::VmRequest;
-use crate::host::volumes::Placed;
+use crate::host::volumes::{Below, Followee, Placed};
 
 /// The host's part of a pod. Everything blocks; errors are the host's own.
 pub trait HostSide: Send + 'static {
@@ -53,8 +53,12 @@ pub trait HostSide: Send + 'static {
         &mut self,
         source: &Source,
         access: Access,
-        recursive: bool,
+        below: Below,
     ) -> Result<Placed, Error>;
+    /// [`HostPod::followees`].
+    fn followees(&mut self) -> Vec<Followee>;
+    /// [`HostPod::update_mounts`].
+    fn update_mounts(&mut self, followee: &Followee, parts: &[Part]);
     /// [`HostPod::start_stand_in`]; returns its pid.
     fn start_stand_in(&mut self, process: &ProcessId) -> Result<u32, Error>;
     /// [`HostPod::end_stand_in`]. Idempotent.
@@ -159,9 +163,17 @@ impl HostSide for Real {
         &mut self,
         source: &Source,
         access: Access,
-        recursive: bool,
+        below: Below,
     ) -> Result<Placed, Error> {
-        self.pod.add_volume(source, access, recursive)
+        self.pod.add_volume(source, access, below)
+    }
+
+    fn followees(&mut self) -> Vec<Followee> {
+        self.pod.followees()
+    }
+
+    fn update_mounts(&mut self, followee: &Followee, parts: &[Part]) {
+        self.pod.update_mounts(followee, parts);
     }
 
     fn start_stand_in(&mut self, process: &ProcessId) -> Result<u32, Error> {

@@ -8,6 +8,7 @@ mod execs;
 mod forward;
 pub mod host_side;
 pub mod machine;
+mod mounts;
 mod network;
 mod printable;
 pub mod process;
@@ -112,6 +113,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// Changes of the host's mounts.
+    #[error("listen for changes of the host's mounts")]
+    WatchMounts(#[source] io::Error),
     /// Its loopback on the host.
     #[error("listen on the pod's loopback")]
     Forward(#[source] io::Error),
@@ -140,6 +144,8 @@ pub struct Pod {
     agent: Arc<OnceCell<Agent>>,
     network: Arc<tokio::sync::Mutex<GuestNetwork>>,
     apparmor: Arc<tokio::sync::Mutex<apparmor::Loaded>>,
+    /// What is mounted below its volumes is followed.
+    mounts: Arc<OnceCell<()>>,
 }
 
 impl Pod {
@@ -187,6 +193,7 @@ impl Pod {
             agent: Arc::default(),
             network: Arc::default(),
             apparmor: Arc::default(),
+            mounts: Arc::default(),
         })
     }
 

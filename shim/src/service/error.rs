@@ -161,6 +161,7 @@ fn pod_code(error: &pod::Error) -> Code {
         | pod::Error::Shm { .. }
         | pod::Error::Network { .. }
         | pod::Error::WatchNetwork { .. }
+        | pod::Error::WatchMounts(_)
         | pod::Error::Forward(_)
         | pod::Error::Panicked(_) => Code::INTERNAL,
     }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Error, IntoJsonError, text};
 use crate::host::mounts::Access;
-use crate::host::volumes::{Placed, PlacedBelow};
+use crate::host::volumes::{Below, Placed, PlacedBelow};
 
 /// Brings files and directories of the host into the share.
 ///
@@ -15,14 +15,17 @@ use crate::host::volumes::{Placed, PlacedBelow};
 pub trait Volumes {
     /// Why a source cannot be shared.
     type Error;
-    /// Shares `source` and, if `recursive`, what is mounted below it, as far as
-    /// the pod does not have it yet; tells where it is.
-    fn add(
-        &mut self,
-        source: &Path,
-        access: Access,
-        recursive: bool,
-    ) -> Result<Placed, Self::Error>;
+    /// Shares `source`, with as much of what is mounted below it as is wanted, as
+    /// far as the pod does not have it yet; tells where it is.
+    fn add(&mut self, source: &Path, access: Access, wanted: Below) -> Result<Placed, Self::Error>;
+}
+
+/// Whether one of `mounts` follows what is mounted on the host below its source.
+pub(super) fn follow(mounts: &Value) -> bool {
+    let mounts = mounts.as_array().into_iter().flatten();
+    mounts
+        .filter(|mount| is_bind(mount))
+        .any(|mount| wanted_below(mount) == Below::Followed)
 }
 
 /// The sources of the host that `mounts` bind, each with its index. `shm_source`
@@ -62,7 +65,7 @@ pub(super) fn rewrite<V: Volumes>(
         return Ok(());
     }
     let placed = volumes
-        .add(&source, access(&mount), is_recursive(&mount))
+        .add(&source, access(&mount), wanted_below(&mount))
         .map_err(|error| IntoJsonError::Volume {
             index,
             path: source.clone(),
@@ -128,8 +131,17 @@ pub(super) fn is_bind(mount: &Value) -> bool {
             || text(mount, "/type") == Some("bind"))
 }
 
-fn is_recursive(mount: &Value) -> bool {
-    options(mount).rfind(|option| matches!(*option, "bind" | "rbind")) == Some("rbind")
+fn wanted_below(mount: &Value) -> Below {
+    let is_recursive =
+        options(mount).rfind(|option| matches!(*option, "bind" | "rbind")) == Some("rbind");
+    let propagation = options(mount).rfind(|option| is_propagation(option));
+    match (is_recursive, propagation) {
+        (false, _) => Below::Nothing,
+        // The other way, from the guest to the host, there is none: `rshared` is what
+        // it can be.
+        (true, Some("rslave" | "slave" | "rshared" | "shared")) => Below::Followed,
+        (true, _) => Below::Now,
+    }
 }
 
 fn is_shm(mount: &Value, shm_source: Option<&Path>) -> bool {

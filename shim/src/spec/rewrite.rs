@@ -33,6 +33,8 @@ pub struct HostView {
     pub limits: Limits,
     /// The files and directories that it binds, each with the index of its mount.
     pub bind_sources: Vec<(usize, PathBuf)>,
+    /// Whether it follows what is mounted below them.
+    pub follows_mounts: bool,
     /// The AppArmor profile of its program.
     pub apparmor_profile: Option<String>,
     /// Whether the container has a PID namespace of its own, with which all its
@@ -80,6 +82,7 @@ impl GuestSpec {
             shm_source: shm_source.clone(),
             limits: Limits::of(&spec, &membership),
             bind_sources: binds::sources(&spec["mounts"], shm_source.as_deref()),
+            follows_mounts: binds::follow(&spec["mounts"]),
             apparmor_profile: apparmor::profile_of(&spec["process"]),
             own_pid_namespace: namespaces.own_pid,
             membership,

@@ -29,7 +29,9 @@ impl Scene {
 
     fn place(&mut self, name: &str, access: Access) -> Placed {
         let source = Source::open(&self.at(name)).expect("opens");
-        self.volumes.place(&source, access, true).expect("places")
+        self.volumes
+            .place(&source, access, Below::Now)
+            .expect("places")
     }
 
     fn path(&mut self, name: &str, access: Access) -> String {
@@ -169,7 +171,7 @@ fn place_with_mounts_below_makes_each_a_volume() {
     let source = Source::open(&scene.at("volume")).expect("opens");
     let alone = scene
         .volumes
-        .place(&source, ReadOnly, false)
+        .place(&source, ReadOnly, Below::Nothing)
         .expect("places");
     assert_eq!(alone.below, []);
 }
@@ -248,7 +250,7 @@ fn place_of_a_remote_file_system_has_a_share_of_its_own_as_far_as_there_are_any(
         let mut path = |name: &str| {
             let mut source = Source::open(&scene.at(name)).expect("opens");
             source.parts[0].is_remote = true;
-            let placed = scene.volumes.place(&source, Writable, true);
+            let placed = scene.volumes.place(&source, Writable, Below::Now);
             placed.expect("places").path.display().to_string()
         };
         let whole = path(name);
@@ -262,4 +264,63 @@ fn place_of_a_remote_file_system_has_a_share_of_its_own_as_far_as_there_are_any(
     assert_eq!(place("c"), (in_guest(1, 4), in_guest(1, 5)));
     assert!(scene.at("remote-0/volumes/0/sub").is_dir());
     assert_eq!(scene.path("share", Writable), "volumes/6");
+}
+
+#[test]
+fn place_followed_has_the_mounts_that_the_host_has() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    scene.make("volume/early");
+    scene.make("volume/late");
+    tmpfs_at(&scene.at("volume/early"));
+    fs::write(scene.at("volume/early/file"), "x").expect("writes");
+    let source = Source::open(&scene.at("volume")).expect("opens");
+    let placed = scene.volumes.place(&source, Writable, Below::Followed);
+    assert_eq!(placed.expect("places").below, []);
+    let in_share = |scene: &Scene, name: &str| {
+        let path = scene.at("share/volumes/0").join(name);
+        fs::exists(path).expect("looks")
+    };
+    assert!(in_share(&scene, "early/file"));
+
+    let update = |scene: &mut Scene| {
+        for followee in scene.volumes.followees() {
+            let parts = source::mounts_below(&followee).expect("looks");
+            scene.volumes.update(&followee, &parts);
+        }
+    };
+    tmpfs_at(&scene.at("volume/late"));
+    fs::create_dir(scene.at("volume/late/inner")).expect("makes");
+    tmpfs_at(&scene.at("volume/late/inner"));
+    fs::write(scene.at("volume/late/inner/file"), "x").expect("writes");
+    assert!(!in_share(&scene, "late/inner"));
+    update(&mut scene);
+    assert!(in_share(&scene, "late/inner/file"));
+    assert!(in_share(&scene, "early/file"));
+
+    mounts::unmount_all(&scene.at("volume/late/inner")).expect("unmounts");
+    mounts::unmount_all(&scene.at("volume/early")).expect("unmounts");
+    update(&mut scene);
+    assert!(in_share(&scene, "late/inner"));
+    assert!(!in_share(&scene, "late/inner/file"));
+    assert!(!in_share(&scene, "early/file"));
+    mounts::unmount_all(&scene.at("volume/late")).expect("unmounts");
+    update(&mut scene);
+    assert!(!in_share(&scene, "late/inner"));
+}
+
+#[test]
+fn place_followed_that_becomes_writable_has_writable_mounts() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    scene.make("volume/below");
+    tmpfs_at(&scene.at("volume/below"));
+    for (access, written) in [(ReadOnly, REFUSED), (Writable, Ok(()))] {
+        let source = Source::open(&scene.at("volume")).expect("opens");
+        let placed = scene.volumes.place(&source, access, Below::Followed);
+        assert_eq!(placed.expect("places").path, Path::new("volumes/0"));
+        assert_eq!(scene.write(Path::new("volumes/0/below")), written);
+    }
 }

@@ -17,8 +17,8 @@ use crate::host::network::{Scan, Tables};
 use crate::host::pod::{
     ContainerHooks, ContainerRequest, Error as HostError, ExitRecord, OrderError,
 };
-use crate::host::source::Source;
-use crate::host::volumes::Placed;
+use crate::host::source::{Part, Source};
+use crate::host::volumes::{Below, Followee, Placed};
 use crate::pod::host_side::{HostSide, StartError};
 use crate::pod::machine::Machine;
 use crate::pod::size::Size;
@@ -122,7 +122,13 @@ impl HostSide for FakeHost {
         Ok(format!("containers/{}/rootfs", request.id).into())
     }
 
-    fn add_volume(&mut self, _: &Source, _: Access, _: bool) -> Result<Placed, HostError> {
+    fn followees(&mut self) -> Vec<Followee> {
+        Vec::new()
+    }
+
+    fn update_mounts(&mut self, _: &Followee, _: &[Part]) {}
+
+    fn add_volume(&mut self, _: &Source, _: Access, _: Below) -> Result<Placed, HostError> {
         self.note("volume");
         Ok(Placed {
             path: "volumes/0".into(),

@@ -3,7 +3,7 @@ use std::convert::Infallible;
 use super::*;
 
 /// Answers every request with the same, and remembers it.
-struct Fixed(Placed, Vec<(PathBuf, Access, bool)>);
+struct Fixed(Placed, Vec<(PathBuf, Access, Below)>);
 
 impl Fixed {
     fn new(below: &[PlacedBelow]) -> Self {
@@ -19,13 +19,8 @@ impl Fixed {
 impl Volumes for Fixed {
     type Error = Infallible;
 
-    fn add(
-        &mut self,
-        source: &Path,
-        access: Access,
-        recursive: bool,
-    ) -> Result<Placed, Infallible> {
-        self.1.push((source.to_owned(), access, recursive));
+    fn add(&mut self, source: &Path, access: Access, wanted: Below) -> Result<Placed, Infallible> {
+        self.1.push((source.to_owned(), access, wanted));
         Ok(self.0.clone())
     }
 }
@@ -53,17 +48,24 @@ fn below(at: &str, path: &str, is_mount: bool) -> PlacedBelow {
 fn rewrite_asks_for_the_access_that_the_options_say() {
     use Access::{ReadOnly, ReadOnlyThroughout, Writable};
 
-    for (options, access, recursive) in [
-        (&["rbind"][..], Writable, true),
-        (&["bind", "ro", "rw"], Writable, false),
-        (&["rbind", "rw", "ro"], ReadOnly, true),
-        (&["rbind", "ro", "rro"], ReadOnlyThroughout, true),
-        (&["rbind", "bind", "rro", "rw"], ReadOnlyThroughout, false),
-        (&["rbind", "rrw", "ro"], Writable, true),
+    for (options, access, wanted) in [
+        (&["rbind"][..], Writable, Below::Now),
+        (&["bind", "ro", "rw"], Writable, Below::Nothing),
+        (&["rbind", "rw", "ro"], ReadOnly, Below::Now),
+        (&["rbind", "ro", "rro"], ReadOnlyThroughout, Below::Now),
+        (
+            &["rbind", "bind", "rro", "rw"],
+            ReadOnlyThroughout,
+            Below::Nothing,
+        ),
+        (&["rbind", "rrw", "ro"], Writable, Below::Now),
+        (&["rslave", "rbind"], Writable, Below::Followed),
+        (&["rbind", "rshared"], Writable, Below::Followed),
+        (&["rbind", "rslave", "rprivate"], Writable, Below::Now),
     ] {
         let mut volumes = Fixed::new(&[]);
         rewritten(bind(options), &mut volumes);
-        assert_eq!(volumes.1, [("/host/a".into(), access, recursive)]);
+        assert_eq!(volumes.1, [("/host/a".into(), access, wanted)]);
     }
 }
 

@@ -9,10 +9,45 @@ use crate::lab::{BULKHEAD, IMAGE, Lab, RUN};
 pub const CHECKS: &[Check] = &[
     ("volume_of_a_pod_is_one_whoever_has_it", shared),
     ("volume_is_as_on_the_host", as_on_the_host),
+    ("volume_follows_the_hosts_mounts", follows_mounts),
     ("volume_sources_without_meaning_in_a_vm", refused),
     ("image_of_100_layers_runs", many_layers),
     ("volume_whose_server_hangs_holds_up_nobody_else", hanging),
 ];
+
+fn follows_mounts(lab: &Lab) -> Result<()> {
+    let before = lab.resources()?;
+    let printed = lab.succeed(&format!(
+        "{WORDS}
+set -e
+rm -rf /tmp/followed; mkdir -p /tmp/followed/early /tmp/followed/late; cd /tmp/followed
+mount -t tmpfs early early; echo early >early/file
+ctr run --detach --null-io --mount type=bind,src=/tmp/followed,dst=/v,options=rbind:rslave \
+    --runtime {BULKHEAD} {IMAGE} follower sleep 100000
+count=0
+see() {{ count=$((count + 1)); ctr task exec --exec-id see-$count follower cat /v/$1/file 2>&1 </dev/null || true; }}
+# The guest may know a name for a second.
+until_seen() {{ for n in 1 2 3 4 5; do case $(see $1) in *"$2"*) echo "$1: $2"; return;; esac; moment; done; echo "$1: $(see $1)"; }}
+until_seen early early
+mount -t tmpfs late late; echo late >late/file; mkdir late/inner
+mount -t tmpfs inner late/inner; echo inner >late/inner/file
+until_seen late late
+until_seen late/inner inner
+umount late/inner; umount early
+until_seen late/inner 'No such file'
+until_seen early 'No such file'
+until_seen late late
+umount late
+ctr task kill --signal KILL follower; ctr task delete --force follower >/dev/null 2>&1 || true; ctr container delete follower"
+    ))?;
+    ensure!(
+        printed
+            == "early: early\nlate: late\nlate/inner: inner\nlate/inner: No such file\n\
+                early: No such file\nlate: late",
+        "{printed}"
+    );
+    lab.expect_nothing_left(&before)
+}
 
 /// Functions of the scripts.
 const WORDS: &str = r#"

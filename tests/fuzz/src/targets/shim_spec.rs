@@ -33,7 +33,7 @@ impl Volumes for Numbered {
         &mut self,
         source: &Path,
         access: Access,
-        _recursive: bool,
+        _below: shim::host::volumes::Below,
     ) -> Result<Placed, Infallible> {
         assert!(source.is_absolute(), "a source relative to the shim");
         self.0.push((source.to_owned(), access));
