@@ -18,7 +18,7 @@ pub const CHECKS: &[Check] = &[
 fn follows_mounts(lab: &Lab) -> Result<()> {
     let before = lab.resources()?;
     let printed = lab.succeed(&format!(
-        "{WORDS}
+        r#"{WORDS}
 set -e
 rm -rf /tmp/followed; mkdir -p /tmp/followed/early /tmp/followed/late; cd /tmp/followed
 mount -t tmpfs early early; echo early >early/file
@@ -38,7 +38,7 @@ until_seen late/inner 'No such file'
 until_seen early 'No such file'
 until_seen late late
 umount late
-ctr task kill --signal KILL follower; ctr task delete --force follower >/dev/null 2>&1 || true; ctr container delete follower"
+ctr task kill --signal KILL follower; ctr task delete --force follower >/dev/null 2>&1 || true; ctr container delete follower"#
     ))?;
     ensure!(
         printed
