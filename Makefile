@@ -78,7 +78,7 @@ test: ## Everything that must hold before a change lands
 	@$(MAKE) lint
 	@$(MAKE) cache
 	@$(MAKE) install
-	@$(MAKE) unit reproducible node-test e2e
+	@$(MAKE) unit reproducible node-test e2e critest
 	@printf '\nall tests passed\n'
 
 .PHONY: lint
@@ -130,6 +130,12 @@ e2e: ## End-to-end tests through containerd, in nodes
 soak: cache install ## The end-to-end tests with their full counts
 	$(call step,soak)
 	BULKHEAD_SOAK=1 BULKHEAD_PREFIX=$(PREFIX) cargo test --package bulkhead-e2e -- --test-threads=$(NODES) --nocapture
+
+.PHONY: critest
+critest: ## A fixed part of critest, with Bulkhead
+	$(call step,a fixed part of critest)
+	@BULKHEAD_PREFIX=$(PREFIX) timeout --foreground 900 cargo run --quiet --package bulkhead-conformance -- \
+		--nodes $(NODES) --runtimes bulkhead --subset
 
 .PHONY: conformance
 conformance: cache install ## critest with runc and with Bulkhead, compared (about an hour when emulated)

@@ -20,6 +20,7 @@ mod stats;
 mod status;
 mod stdio;
 mod streams;
+mod sysctls;
 
 use std::{
     env,

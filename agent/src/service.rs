@@ -16,10 +16,10 @@ use agent_protocol::{
         HelloResponse, ListProcessesRequest, ListProcessesResponse, LoadApparmorPolicyRequest,
         LoadApparmorPolicyResponse, PauseContainerRequest, PauseContainerResponse,
         ResizeTerminalRequest, ResizeTerminalResponse, ResumeContainerRequest,
-        ResumeContainerResponse, SetNetworkRequest, SetNetworkResponse, ShutdownRequest,
-        ShutdownResponse, SignalProcessRequest, SignalProcessResponse, StartProcessRequest,
-        StartProcessResponse, UpdateContainerRequest, UpdateContainerResponse, WaitProcessRequest,
-        WaitProcessResponse,
+        ResumeContainerResponse, SetNetworkRequest, SetNetworkResponse, SetSysctlsRequest,
+        SetSysctlsResponse, ShutdownRequest, ShutdownResponse, SignalProcessRequest,
+        SignalProcessResponse, StartProcessRequest, StartProcessResponse, UpdateContainerRequest,
+        UpdateContainerResponse, WaitProcessRequest, WaitProcessResponse,
     },
     service::Agent,
 };
@@ -39,7 +39,8 @@ use crate::{
     pod,
     reaper::Exit,
     stats::metrics,
-    status::{chain, internal, network_code, pod_code, refused, status},
+    status::{chain, internal, network_code, pod_code, refused, status, sysctls_code},
+    sysctls,
 };
 
 /// Serves the contract. Each call that changes something runs [`to_its_end`].
@@ -113,6 +114,21 @@ impl Agent for Service {
             Ok(CreatePodResponse::default())
         })
         .await
+    }
+
+    async fn set_sysctls(
+        &self,
+        _: &TtrpcContext,
+        request: SetSysctlsRequest,
+    ) -> ttrpc::Result<SetSysctlsResponse> {
+        to_its_end(async move {
+            spawn_blocking(move || sysctls::set(&request.sysctls))
+                .await
+                .map_err(|error| internal(&error))?
+                .map_err(|error| status(sysctls_code(&error), chain(&error)))
+        })
+        .await?;
+        Ok(SetSysctlsResponse::default())
     }
 
     async fn load_apparmor_policy(

@@ -8,7 +8,9 @@ use agent_container::{
 };
 use ttrpc::{Code, get_status};
 
-use crate::{containers::ContainerError, network::NetworkError, pod::PodError};
+use crate::{
+    containers::ContainerError, network::NetworkError, pod::PodError, sysctls::SysctlsError,
+};
 
 pub fn refused(error: &ContainerError) -> ttrpc::Error {
     status(code(error), chain(error))
@@ -106,6 +108,13 @@ pub fn network_code(error: &NetworkError) -> Code {
         | NetworkError::Namespace { .. }
         | NetworkError::Kernel { .. }
         | NetworkError::Setting { .. } => Code::INTERNAL,
+    }
+}
+
+pub fn sysctls_code(error: &SysctlsError) -> Code {
+    match error {
+        SysctlsError::Unsupported(_) | SysctlsError::Kernel(_) => Code::INVALID_ARGUMENT,
+        SysctlsError::Namespace(_) => Code::INTERNAL,
     }
 }
 

@@ -55,6 +55,7 @@ pub use launch::{ContainerStdio, LaunchError};
 pub use process::{Process, ResizeError, SignalError, StartError};
 pub use scheduling::SchedulingError;
 pub use spec_support::{ParseError, Unsupported, parse, parse_process, parse_resources, validate};
+pub use sysctl::{SysctlError, check as check_sysctl, set as set_sysctl};
 
 /// First argument with which the agent's binary is executed as the helper. Its
 /// `main` must compare `argv[1]` with this before it does anything else (no

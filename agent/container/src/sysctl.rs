@@ -51,6 +51,9 @@ fn path_of(key: &str) -> String {
 }
 
 /// Refuses a setting that would be the whole guest's.
+///
+/// # Errors
+/// By its name.
 pub fn check(key: &str) -> Result<(), Unsupported> {
     let path = path_of(key);
     let plain = Path::new(&path)
@@ -71,7 +74,10 @@ pub fn check(key: &str) -> Result<(), Unsupported> {
     Err(Unsupported::new(format!("linux.sysctl.{key}"), reason))
 }
 
-/// Sets one value, in the calling process's namespaces, through a procfs of the runtime's own.
+/// Sets one value, in the calling thread's namespaces, through a procfs of the runtime's own.
+///
+/// # Errors
+/// What the kernel did not take.
 pub fn set(procfs: &OwnedFd, key: &str, value: &str) -> Result<(), SysctlError> {
     let path = Path::new("sys").join(path_of(key));
     openat(

@@ -1,5 +1,6 @@
 //! The agent in the guest, as the shim calls it.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::io::{self, Read};
 use std::path::Path;
@@ -10,8 +11,9 @@ use agent_protocol::api::{
     AdjustTimeRequest, ContainerStatsRequest, CreateContainerRequest, CreatePodRequest,
     DeleteProcessRequest, ExecProcessRequest, HelloRequest, LoadApparmorPolicyRequest, Metrics,
     PauseContainerRequest, ProcessId, ResizeTerminalRequest, ResumeContainerRequest,
-    SetNetworkRequest, ShutdownRequest, SignalProcessRequest, StartProcessRequest, Stdio,
-    StreamHeader, UpdateContainerRequest, WaitProcessRequest, WaitProcessResponse,
+    SetNetworkRequest, SetSysctlsRequest, ShutdownRequest, SignalProcessRequest,
+    StartProcessRequest, Stdio, StreamHeader, UpdateContainerRequest, WaitProcessRequest,
+    WaitProcessResponse,
 };
 use agent_protocol::service::AgentClient;
 use agent_protocol::{
@@ -205,6 +207,20 @@ impl Agent {
             "load the AppArmor policy in the guest",
             self.client
                 .load_apparmor_policy(bounded(CALL_TIMEOUT), &request),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Sets kernel parameters of the namespaces that the pod's containers share.
+    pub async fn set_sysctls(&self, sysctls: &BTreeMap<String, String>) -> Result<(), Error> {
+        let request = SetSysctlsRequest {
+            sysctls: sysctls.clone().into_iter().collect(),
+            ..SetSysctlsRequest::default()
+        };
+        call(
+            "set the pod's sysctls in the guest",
+            self.client.set_sysctls(bounded(CALL_TIMEOUT), &request),
         )
         .await
         .map(drop)

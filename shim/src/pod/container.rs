@@ -80,6 +80,8 @@ pub struct Container {
     behind: Behind,
     /// Whether the pod is there for it alone.
     is_alone: bool,
+    /// The pod's kernel parameters, if it stands for the pod.
+    pod_sysctls: BTreeMap<String, String>,
     /// Held while `poststart` or `poststop` run, in this order.
     hooks: tokio::sync::Mutex<()>,
     /// Held while it is paused or resumed.
@@ -109,6 +111,7 @@ impl Container {
         let (io, plan) = (request.io.clone(), request.plan.clone());
         let bundle = request.bundle.clone();
         let profile = host_view.apparmor_profile.clone();
+        let pod_sysctls = host_view.pod_sysctls.clone();
         let follows_mounts = host_view.follows_mounts;
         let created = async {
             let (pid, spec_json) =
@@ -118,6 +121,7 @@ impl Container {
                 execs: Execs::default(),
                 behind,
                 is_alone,
+                pod_sysctls,
                 hooks: tokio::sync::Mutex::default(),
                 pausing: tokio::sync::Mutex::default(),
                 failed_deletions: AtomicU32::new(0),
@@ -360,12 +364,25 @@ impl Container {
         }
         match self.behind {
             Behind::Pause => {
+                if let Err(error) = self.set_pod_sysctls(pod).await {
+                    self.init.announce(events, Lifecycle::start_failed);
+                    return Err(error.into());
+                }
                 pod.forward_ports().await;
                 self.init.announce(events, Lifecycle::started);
             }
             Behind::Guest { .. } => self.init.execute(pod, events).await?,
         }
         self.run_poststart(pod).await.map_err(CallError::from)
+    }
+
+    async fn set_pod_sysctls(&self, pod: &Pod) -> Result<(), Error> {
+        if self.pod_sysctls.is_empty() {
+            return Ok(());
+        }
+        let agent = pod.agent().await?;
+        pod.explain(agent.set_sysctls(&self.pod_sysctls).await)
+            .await
     }
 
     async fn run_poststart(&self, pod: &Pod) -> Result<(), Error> {

@@ -1,5 +1,6 @@
 //! From the host's configuration to the guest's.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use agent_protocol::SHARE_DIR;
@@ -29,6 +30,8 @@ pub struct HostView {
     pub network_path: Option<PathBuf>,
     /// The CRI's `/dev/shm` on the host, whose size the pod's gets.
     pub shm_source: Option<PathBuf>,
+    /// Of the pod's own container: `linux.sysctl`, which is then the pod's.
+    pub pod_sysctls: BTreeMap<String, String>,
     /// What it limits its pod to, if it is the pod's first.
     pub limits: Limits,
     /// The files and directories that it binds, each with the index of its mount.
@@ -80,6 +83,7 @@ impl GuestSpec {
                 .map(str::to_owned),
             network_path: namespaces.network_path,
             shm_source: shm_source.clone(),
+            pod_sysctls: pod_sysctls(&spec, &membership)?,
             limits: Limits::of(&spec, &membership),
             bind_sources: binds::sources(&spec["mounts"], shm_source.as_deref()),
             follows_mounts: binds::follow(&spec["mounts"]),
@@ -145,6 +149,17 @@ pub enum IntoJsonError<E> {
         #[source]
         source: E,
     },
+}
+
+/// The kernel parameters that a pod asks for, as CRI has them: by its own container.
+fn pod_sysctls(spec: &Value, membership: &Membership) -> Result<BTreeMap<String, String>, Error> {
+    match spec.pointer("/linux/sysctl") {
+        Some(asked) if *membership == Membership::Sandbox && !asked.is_null() => {
+            serde_json::from_value(asked.clone())
+                .map_err(|error| Error::field("linux.sysctl", error.to_string()))
+        }
+        _ => Ok(BTreeMap::new()),
+    }
 }
 
 /// The tmpfs that CRI mounts on the host as its pods' `/dev/shm`

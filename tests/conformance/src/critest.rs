@@ -25,7 +25,12 @@ pub fn run(runtime: Runtime, names: &[String]) -> NodeCommand {
 
 fn base() -> NodeCommand {
     NodeCommand::new("critest")
-        .args(["-ginkgo.v", "-ginkgo.no-color", "-ginkgo.json-report", REPORT])
+        .args([
+            "-ginkgo.v",
+            "-ginkgo.no-color",
+            "-ginkgo.json-report",
+            REPORT,
+        ])
         // Go's own limit for a test binary.
         .args(["-test.timeout", "0"])
 }

@@ -31,6 +31,9 @@ struct Arguments {
     /// Only specs whose full name contains this.
     #[arg(long, default_value = "")]
     focus: String,
+    /// Only the specs of `subset.txt`.
+    #[arg(long)]
+    subset: bool,
     /// Where reports and logs are kept.
     #[arg(long, default_value = "tests/conformance/results")]
     out: PathBuf,
@@ -73,10 +76,12 @@ fn run(arguments: &Arguments) -> Result<bool> {
     let skips = Skips::ours()?;
     let nodes = Nodes::up(arguments.nodes)?;
     let listed = nodes.list()?;
-    skips.each_names_one_of(&listed)?;
+    skips::each_is_one_of(skips.names(), &listed)?;
+    skips::each_is_one_of(skips::subset(), &listed)?;
     let chosen: Vec<_> = listed
         .iter()
         .filter(|name| name.contains(&arguments.focus))
+        .filter(|name| !arguments.subset || skips::subset().any(|one| one == *name))
         .cloned()
         .collect();
 

@@ -1,10 +1,12 @@
-//! The specs that are not run with Bulkhead, each with its reason: `skips.txt`.
+//! Lists of specs: those that are not run with Bulkhead, each with its reason (`skips.txt`), and those that an ordinary
+//! test run has (`subset.txt`).
 
 use std::collections::BTreeMap;
 
 use anyhow::{Result, bail, ensure};
 
 const OURS: &str = include_str!("../skips.txt");
+const SUBSET: &str = include_str!("../subset.txt");
 
 /// Full names of specs, with the reasons.
 #[derive(Debug)]
@@ -45,24 +47,33 @@ impl Skips {
         self.0.get(name).map(String::as_str)
     }
 
-    /// Whether the suite still has all of them: a skip that names nothing would hide that its spec has another name now.
-    ///
-    /// # Errors
-    /// Names the ones that it does not have.
-    pub fn each_names_one_of(&self, specs: &[String]) -> Result<()> {
-        let unknown: Vec<_> = self
-            .0
-            .keys()
-            .filter(|name| !specs.contains(name))
-            .map(String::as_str)
-            .collect();
-        ensure!(
-            unknown.is_empty(),
-            "skips.txt names specs that critest does not have:\n{}",
-            unknown.join("\n")
-        );
-        Ok(())
+    /// The full names.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
     }
+}
+
+/// The full names of the specs that an ordinary test run has.
+pub fn subset() -> impl Iterator<Item = &'static str> {
+    SUBSET
+        .lines()
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+}
+
+/// Whether the suite still has all of `names`: one that names nothing would hide that its spec has another name now.
+///
+/// # Errors
+/// Names the ones that it does not have.
+pub fn each_is_one_of<'a>(names: impl Iterator<Item = &'a str>, specs: &[String]) -> Result<()> {
+    let unknown: Vec<_> = names
+        .filter(|name| specs.iter().all(|spec| spec != name))
+        .collect();
+    ensure!(
+        unknown.is_empty(),
+        "skips.txt or subset.txt names specs that critest does not have:\n{}",
+        unknown.join("\n")
+    );
+    Ok(())
 }
 
 #[cfg(test)]
@@ -71,7 +82,9 @@ mod tests {
 
     #[test]
     fn ours_is_well_formed() {
-        Skips::ours().unwrap();
+        let skips = Skips::ours().unwrap();
+        assert_ne!(subset().count(), 0);
+        assert!(subset().all(|name| skips.reason(name).is_none()));
     }
 
     #[test]
@@ -91,9 +104,9 @@ mod tests {
     }
 
     #[test]
-    fn each_names_one_of_stale_name_is_told() {
+    fn each_is_one_of_stale_name_is_told() {
         let skips = Skips::parse("# Reason.\na\nb\n").unwrap();
-        let error = skips.each_names_one_of(&["a".to_owned()]).unwrap_err();
+        let error = each_is_one_of(skips.names(), &["a".to_owned()]).unwrap_err();
         assert!(error.to_string().ends_with("\nb"), "{error}");
     }
 }

@@ -111,6 +111,8 @@ fn shared_namespaces(lab: &Lab, pod: &str) -> Result<()> {
         "net, ipc and uts are not the pod's: {logs}"
     );
     ensure!(lines[0].ends_with("podhost"), "hostname: {logs}");
+    let set = logs.lines().filter(|line| *line == "sysctls 1 80").count();
+    ensure!(set == 2, "the pod's sysctls: {logs}");
     sized(&logs)?;
     let alone = logs.lines().filter(|line| *line == "pid 1").count();
     ensure!(alone == 2, "a container is not pid 1 of its own: {logs}");
@@ -135,6 +137,7 @@ const POD: &str = r#"{
   "metadata": { "name": "pod", "namespace": "e2e", "uid": "e2e-pod", "attempt": 0 },
   "hostname": "podhost", "log_directory": "/tmp/pod/logs",
   "linux": {
+    "sysctls": { "kernel.shm_rmid_forced": "1", "net.ipv4.ip_unprivileged_port_start": "80" },
     "security_context": { "namespace_options": { "network": 0, "pid": 1, "ipc": 0 } },
     "resources": { "memory_limit_in_bytes": 734003200 }
   }
@@ -144,7 +147,7 @@ const CONTAINER: &str = r#"{
   "metadata": { "name": "NAME", "attempt": 0 },
   "image": { "image": "docker.io/library/busybox:latest" },
   "command": ["sh", "-c",
-    "echo pid $$; grep MemTotal /proc/meminfo; echo ns $(readlink /proc/self/ns/net /proc/self/ns/ipc /proc/self/ns/uts) $(hostname); exec sleep 1000"],
+    "echo pid $$; grep MemTotal /proc/meminfo; echo sysctls $(cat /proc/sys/kernel/shm_rmid_forced /proc/sys/net/ipv4/ip_unprivileged_port_start); echo ns $(readlink /proc/self/ns/net /proc/self/ns/ipc /proc/self/ns/uts) $(hostname); exec sleep 1000"],
   "log_path": "NAME.log",
   "linux": { "security_context": { "namespace_options": { "network": 0, "pid": 1, "ipc": 0 } } }
 }"#;
