@@ -4,6 +4,7 @@ pub mod apparmor;
 pub mod compatibility;
 pub mod containers;
 pub mod control;
+pub mod crictl;
 pub mod examples;
 pub mod execs;
 pub mod failures;
@@ -47,6 +48,7 @@ pub const ALL: &[&[Check]] = &[
     leftovers::CHECKS,
     compatibility::CHECKS,
     pods::CHECKS,
+    crictl::CHECKS,
     pid_namespaces::CHECKS,
     files::CHECKS,
     volumes::CHECKS,
