@@ -39,7 +39,7 @@ fn confines(lab: &Lab) -> Result<()> {
     };
     let told = exec(
         "told",
-        "sh -c 'cat /run/profile /run/code /proc/self/attr/current'",
+        "sh -c 'until [ -s /run/code ]; do sleep 0.1; done; cat /run/profile /run/code /proc/self/attr/current'",
     )?;
     ensure!(
         told.stdout == "bulkhead-e2e (enforce)\n1\nbulkhead-e2e (enforce)",

@@ -1,6 +1,7 @@
 //! What a node's operator does with crictl: attach, logs, statistics, and taking pods away.
 
 use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
 
 use super::Check;
 use crate::lab::Lab;
@@ -22,7 +23,7 @@ set -e
 rm -rf /tmp/crictl; mkdir -p /tmp/crictl; cd /tmp/crictl
 pod() {
     echo '{"metadata": {"name": "'$1'", "namespace": "e2e", "uid": "'$1'", "attempt": 0}, "log_directory": "/tmp/crictl",
-      "linux": {"security_context": {"namespace_options": {"network": 0, "pid": 1, "ipc": 0}}}}' >$1.json
+      "linux": {"cgroup_parent": "/e2e", "security_context": {"namespace_options": {"network": 0, "pid": 1, "ipc": 0}}}}' >$1.json
     crictl runp --runtime bulkhead $1.json
 }
 container() { # the pod's name and id, then a name, fields, and a command in JSON
@@ -58,35 +59,47 @@ fn statistics(lab: &Lab) -> Result<()> {
     let printed = lab.succeed(&format!(
         r#"{WORDS}
 pod=$(pod stats)
-id=$(container stats $pod busy '' '["sh", "-c", "head -c 30000000 /dev/zero >/dev/shm/held; while :; do :; done"]')
+id=$(container stats $pod busy '' '["sh", "-c", "head -c 30000000 /dev/zero >/dev/shm/part; mv /dev/shm/part /dev/shm/held; while :; do :; done"]')
 until crictl exec $id test -e /dev/shm/held; do sleep 0.2; done
 # Usage is told by what has changed since it was last looked at.
 crictl stats $id >/dev/null; crictl statsp $pod >/dev/null
 crictl exec $id sh -c 'for n in 1 2 3 4 5 6 7 8 9; do :; done'
-template='{{{{range .stats}}}}{{{{.cpu.usageCoreNanoSeconds.value}}}} {{{{.memory.workingSetBytes.value}}}}{{{{end}}}}'
-crictl stats --output go-template --template "$template" $id
-template='{{{{range .stats}}}}{{{{.linux.cpu.usageCoreNanoSeconds.value}}}} {{{{.linux.memory.workingSetBytes.value}}}} {{{{.linux.network.defaultInterface.name}}}} {{{{.linux.network.defaultInterface.txBytes.value}}}}{{{{end}}}}'
-crictl statsp --output go-template --template "$template" $pod
+crictl stats --output json $id >container.json
+crictl statsp --output json $pod >pod-stats.json
 crictl rmp -fa >/dev/null"#
     ))?;
-    let rows: Vec<Vec<&str>> = printed
-        .lines()
-        .map(|line| line.split(' ').collect())
-        .collect();
-    let [container, pod] = rows.as_slice() else {
-        anyhow::bail!("{printed}");
+    ensure!(printed.is_empty(), "{printed}");
+    let read = |file: &str| -> Result<Value> {
+        let text = lab.succeed(&format!("cat /tmp/crictl/{file}"))?;
+        serde_json::from_str(&text).context(text)
     };
-    let number = |word: Option<&&str>| -> Result<u64> {
-        let word = word.with_context(|| printed.clone())?;
-        word.parse().with_context(|| printed.clone())
+    // Numbers of 64 bits are text (protobuf's JSON mapping).
+    let number = |stats: &Value, pointer: &str| -> Result<u64> {
+        let number = stats.pointer(pointer).and_then(Value::as_str);
+        let number = number.with_context(|| format!("no {pointer} in {stats}"))?;
+        Ok(number.parse()?)
     };
-    for row in [container, pod] {
-        ensure!(number(row.first())? > 0, "no CPU time: {printed}");
+    for (file, of) in [
+        ("container.json", "/stats/0"),
+        ("pod-stats.json", "/stats/0/linux"),
+    ] {
+        let stats = read(file)?;
+        let cpu = number(&stats, &format!("{of}/cpu/usageCoreNanoSeconds/value"))?;
+        let memory = number(&stats, &format!("{of}/memory/workingSetBytes/value"))?;
         // What it holds, at the least; a pod's is that of its VM.
-        ensure!(number(row.get(1))? > 30_000_000, "no memory: {printed}");
+        ensure!(
+            cpu > 0 && memory > 30_000_000,
+            "{cpu} ns, {memory} bytes: {stats}"
+        );
     }
-    ensure!(pod.get(2) == Some(&"eth0"), "{printed}");
-    ensure!(number(pod.get(3))? > 0, "nothing was sent: {printed}");
+    let stats = read("pod-stats.json")?;
+    let interface = "/stats/0/linux/network/defaultInterface";
+    ensure!(
+        stats.pointer(&format!("{interface}/name")) == Some(&json!("eth0")),
+        "{stats}"
+    );
+    let sent = number(&stats, &format!("{interface}/txBytes/value"))?;
+    ensure!(sent > 0, "nothing was sent: {stats}");
     Ok(())
 }
 
@@ -107,7 +120,7 @@ crictl rmp -fa >/dev/null"#
 /// What the guest has looked at, the file server holds open: not for longer than
 /// the container is there that looked.
 fn many_in_one(lab: &Lab) -> Result<()> {
-    let count = if lab.soak() { 100 } else { 5 };
+    let count = if lab.soak() { 100 } else { 2 };
     let printed = lab.succeed(&format!(
         r#"{WORDS}
 pod=$(pod many)

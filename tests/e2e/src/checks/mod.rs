@@ -66,4 +66,8 @@ pub const FOR_SOAK: &[(&str, &str)] = &[
         "containers_find_every_oci_field_as_under_runc_or_as_is_known",
         "some seeds pack variations together that exclude each other, which fails the run",
     ),
+    (
+        "pod_survives_its_containers_and_a_restart_on_containerd_2_3",
+        "between the versions that ordinary runs have, 1.7 and 2.4",
+    ),
 ];
