@@ -43,6 +43,15 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The host's kernel does not give policy out.
+    #[error(
+        "AppArmor profile {profile}: this host's kernel does not keep the policy that was loaded, which the pod needs \
+         (CONFIG_SECURITY_APPARMOR_EXPORT_BINARY, /sys/module/apparmor/parameters/export_binary): run the container unconfined"
+    )]
+    NotKept {
+        /// As asked for.
+        profile: String,
+    },
     /// Its policy is too large.
     #[error(
         "the policy that AppArmor profile {profile} was loaded with has more than {MAX_POLICY_BYTES} bytes: \
@@ -94,10 +103,15 @@ fn policy_below(profiles: &Path, profile: &str) -> Result<Option<Vec<u8>>, Error
     let mut policy = Vec::new();
     File::open(&path)
         .and_then(|file| file.take(MAX_POLICY_BYTES + 1).read_to_end(&mut policy))
-        .map_err(|source| Error::Read {
-            profile: profile.to_owned(),
-            path,
-            source,
+        .map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => Error::NotKept {
+                profile: profile.to_owned(),
+            },
+            _ => Error::Read {
+                profile: profile.to_owned(),
+                path,
+                source,
+            },
         })?;
     if policy.len() as u64 > MAX_POLICY_BYTES {
         return Err(Error::TooLong {
@@ -138,6 +152,9 @@ mod tests {
             assert!(matches!(&error, Error::NotLoaded { profile } if profile == absent));
             assert!(error.blames_caller());
         }
+        fs::remove_file(profiles.path().join("one.1/raw_data")).unwrap();
+        let error = policy_below(profiles.path(), "one").unwrap_err();
+        assert!(matches!(error, Error::NotKept { .. }));
         let error = policy_below(&profiles.path().join("nothing"), "one").unwrap_err();
         assert!(matches!(error, Error::NotEnabled { .. }));
     }

@@ -22,6 +22,8 @@ pub(super) struct MountEntry {
     pub(super) read_only: bool,
     /// As in `ext4` or `fuse.sshfs`.
     pub(super) kind: String,
+    /// What is mounted: a device, or a name.
+    pub(super) source: String,
 }
 
 /// All mounts, in the order in which they were made.
@@ -49,7 +51,7 @@ fn parse(line: &[u8]) -> Option<MountEntry> {
     let options = fields.next()?;
     // Any number of tagged fields, up to a hyphen.
     fields.by_ref().find(|field| *field == b"-")?;
-    let (kind, _source, of_file_system) = (fields.next()?, fields.next()?, fields.next()?);
+    let (kind, source, of_file_system) = (fields.next()?, fields.next()?, fields.next()?);
     Some(MountEntry {
         id,
         parent,
@@ -58,6 +60,7 @@ fn parse(line: &[u8]) -> Option<MountEntry> {
         point: path(point),
         read_only: read_only(options) || read_only(of_file_system),
         kind: text(kind),
+        source: text(source),
     })
 }
 
@@ -102,6 +105,7 @@ mod tests {
             point: "/mnt 2".into(),
             read_only: true,
             kind: "fuse.sshfs".to_owned(),
+            source: "/dev/root".to_owned(),
         };
         assert_eq!(parse(line), Some(wanted));
         let untagged = b"1 0 0:2 / / rw - tmpfs tmpfs ro,size=1m";

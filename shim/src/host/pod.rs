@@ -20,7 +20,7 @@ use super::netns::{self, Network};
 use super::network::{self, Scan};
 use super::record::{self, Container, Process, Record};
 use super::share::{self, Share};
-use super::source::{self, Part, Source};
+use super::source::{self, News, Source};
 use super::stand_in::{self, StandIn};
 use super::vm::{self, Vm, VmRequest};
 use super::volumes::{self, Below, Followee, Placed, Volumes};
@@ -399,9 +399,13 @@ impl HostPod {
         self.volumes.followees()
     }
 
-    /// Passes on to the pod what is mounted below a directory by now.
-    pub fn update_mounts(&mut self, followee: &Followee, parts: &[Part]) {
-        self.volumes.update(followee, parts);
+    /// Passes on to the pod what is mounted below a directory by now; without `news`,
+    /// which could not be had, never again.
+    pub fn update_mounts(&mut self, followee: &Followee, news: Option<News>) {
+        match news {
+            Some(news) => self.volumes.update(followee, news),
+            None => self.volumes.unfollow(followee),
+        }
     }
 
     /// Starts the host process whose pid the clients see: for a container's

@@ -56,6 +56,9 @@ fn failed<E: Into<io::Error>>(operation: &'static str, path: &Path) -> impl FnOn
     }
 }
 
+/// The name by which a share is known in the host's table of mounts.
+pub(super) const SOURCE: &str = "bulkhead-share";
+
 /// A pod's share. Dropping it unmounts nothing: see [`remove`].
 #[derive(Debug)]
 pub struct Share {
@@ -70,8 +73,7 @@ impl Share {
         // Mount points only, so this bounds the number of containers and
         // volumes of one pod.
         let options = c"size=4m,nr_inodes=16k,mode=0755";
-        mount("bulkhead-share", path, "tmpfs", flags, Some(options))
-            .map_err(failed("mount", path))?;
+        mount(SOURCE, path, "tmpfs", flags, Some(options)).map_err(failed("mount", path))?;
         let share = Self {
             path: path.to_owned(),
         };

@@ -6,6 +6,7 @@
 //! called with nothing held that others wait for; what is done with a source
 //! later asks no server.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -13,7 +14,9 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags, open, statx};
 use thiserror::Error;
 
+use super::directory::RUN_ROOT;
 use super::mount_table::{self, MountEntry};
+use super::share;
 use super::volumes::Followee;
 
 /// Why a mount source cannot be had.
@@ -85,7 +88,7 @@ impl Location {
 
 /// One mount of a source's tree, from where the source shows it.
 #[derive(Debug)]
-pub struct Part {
+pub(super) struct Part {
     /// Relative to the source; empty for the source itself.
     pub(super) at: PathBuf,
     /// `O_PATH`.
@@ -156,17 +159,121 @@ impl Source {
     }
 }
 
-/// The mounts that are below a directory now, outermost first. May block for as long
-/// as the server of one's file system does.
+/// A mount below a followed directory, as the host's table has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Mounted {
+    /// Relative to the directory.
+    pub(super) at: PathBuf,
+    file_system: String,
+    root: PathBuf,
+    read_only: bool,
+}
+
+/// A mount that is to be passed on.
+#[derive(Debug)]
+pub(super) struct Newcomer {
+    pub(super) id: u64,
+    pub(super) mounted: Mounted,
+    /// `O_PATH`.
+    pub(super) opened: OwnedFd,
+}
+
+/// What is mounted below a followed directory now.
+#[derive(Debug)]
+pub struct News {
+    /// All of them.
+    pub(super) present: BTreeMap<u64, Mounted>,
+    /// Those that are not known yet, outermost first.
+    pub(super) newcomers: Vec<Newcomer>,
+}
+
+/// Looks at what is mounted below a directory now, as far as it can be passed on:
+/// not what lies on the server of a network or user-space file system. May block for
+/// as long as such a server does that is above the directory.
 ///
 /// # Errors
 /// When the kernel does not tell.
-pub fn mounts_below(followee: &Followee) -> io::Result<Vec<Part>> {
+pub fn news_of(followee: &Followee) -> io::Result<News> {
     let table = mount_table::read()?;
-    match table.iter().find(|mount| mount.id == followee.mount) {
-        Some(mount) => parts_below(&table, mount, &followee.directory),
-        // It has gone, and all of them with it.
-        None => Ok(Vec::new()),
+    let mut news = News {
+        present: BTreeMap::new(),
+        newcomers: Vec::new(),
+    };
+    for child in followable(&table, followee.mount, &followee.directory) {
+        let Ok(at) = child.point.strip_prefix(&followee.directory) else {
+            continue;
+        };
+        let mounted = Mounted {
+            at: at.to_owned(),
+            file_system: child.device.clone(),
+            root: child.root.clone(),
+            read_only: child.read_only,
+        };
+        // Opened only if it must be: the host cannot unmount what is open.
+        if followee.known.get(&child.id) != Some(&mounted) {
+            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let opened = open(&child.point, flags, Mode::empty());
+            let Ok(opened) = opened else { continue };
+            // Hidden by another mount, or not to be looked at: no part of it.
+            if Seen::of(&opened).is_ok_and(|seen| seen.mount == child.id) {
+                news.newcomers.push(Newcomer {
+                    id: child.id,
+                    mounted: mounted.clone(),
+                    opened,
+                });
+            }
+        }
+        news.present.insert(child.id, mounted);
+    }
+    let depth = |newcomer: &Newcomer| newcomer.mounted.at.components().count();
+    news.newcomers.sort_by_key(depth);
+    Ok(news)
+}
+
+/// The mounts below a directory that nobody else answers for.
+fn followable<'a>(table: &'a [MountEntry], mount: u64, directory: &Path) -> Vec<&'a MountEntry> {
+    let mut found = Vec::new();
+    let mut open_trees = vec![mount];
+    while let Some(parent) = open_trees.pop() {
+        let children = children(table, parent, directory);
+        for child in children.filter(|child| !is_remote(&child.kind) && child.kind != "nsfs") {
+            open_trees.push(child.id);
+            found.push(child);
+        }
+    }
+    found
+}
+
+/// What is mounted on the mount `parent` below a directory. A pod's share is never
+/// part of a volume: it would be put into itself.
+fn children<'a>(
+    table: &'a [MountEntry],
+    parent: u64,
+    directory: &Path,
+) -> impl Iterator<Item = &'a MountEntry> {
+    table.iter().filter(move |child| {
+        child.parent == parent
+            && child.id != parent
+            && child.point != directory
+            && child.point.starts_with(directory)
+            && child.source != share::SOURCE
+            && !child.point.starts_with(RUN_ROOT)
+    })
+}
+
+impl Source {
+    /// Whether what is mounted below it can be followed: it is a directory that lies
+    /// on no server.
+    pub(super) fn is_followable(&self) -> bool {
+        let top = self.parts.first();
+        top.is_some_and(|top| top.is_directory && !top.is_remote)
+    }
+
+    /// Whether a part of it is passed on when it is followed.
+    pub(super) fn follows(&self, part: &Part) -> bool {
+        let is_above = |other: &&Part| part.at.starts_with(&other.at);
+        let mut above = self.parts.iter().filter(is_above);
+        !part.at.as_os_str().is_empty() && above.all(|other| !other.is_remote)
     }
 }
 
@@ -239,13 +346,7 @@ fn parts_below(
     let mut parts = Vec::new();
     let mut open_trees = vec![mount.id];
     while let Some(parent) = open_trees.pop() {
-        let children = table.iter().filter(|child| {
-            child.parent == parent
-                && child.id != parent
-                && child.point != directory
-                && child.point.starts_with(directory)
-        });
-        for child in children {
+        for child in children(table, parent, directory) {
             open_trees.push(child.id);
             let Ok(at) = child.point.strip_prefix(directory) else {
                 continue;

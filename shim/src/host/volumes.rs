@@ -32,7 +32,7 @@ use thiserror::Error;
 
 use super::mount_attributes;
 use super::mounts::{self, Access};
-use super::source::{self, FileId, Location, Part, Source};
+use super::source::{self, FileId, Location, News, Part, Source};
 use followed::Followed;
 
 pub use followed::Followee;
@@ -153,7 +153,8 @@ pub(super) struct Volumes {
     places: Vec<Place>,
     known: Vec<Volume>,
     next: u32,
-    followed: BTreeMap<Followee, Followed>,
+    /// By the volume's number.
+    followed: BTreeMap<u32, Followed>,
 }
 
 impl Volumes {
@@ -223,6 +224,7 @@ impl Volumes {
         wanted: Below,
     ) -> Result<Placed, Error> {
         let recursive = wanted != Below::Nothing;
+        let mut is_followed = false;
         let mut below = Vec::new();
         let mut path = PathBuf::new();
         for part in &source.parts {
@@ -230,7 +232,7 @@ impl Volumes {
             if is_mount && !recursive {
                 break;
             }
-            if is_mount && wanted == Below::Followed && !part.is_remote {
+            if is_followed && source.follows(part) {
                 continue;
             }
             // `ro` is for the source itself: mounts below it stay as they are.
@@ -249,6 +251,7 @@ impl Volumes {
                 });
             } else {
                 path = placed;
+                is_followed = wanted == Below::Followed && self.follow(source, access, &path);
             }
             let hidden = |at: &Path| {
                 recursive
@@ -261,9 +264,6 @@ impl Volumes {
             below.extend(self.known_inside(&source.path, part, access, hidden)?);
         }
         below.sort_by_key(|placed| placed.at.components().count());
-        if wanted == Below::Followed {
-            self.follow(source, access, &path);
-        }
         Ok(Placed {
             path,
             read_only: source.parts.first().is_some_and(|top| top.read_only),
@@ -271,44 +271,51 @@ impl Volumes {
         })
     }
 
-    /// Passes on what is mounted below a source that is at `path`, now and later.
-    fn follow(&mut self, source: &Source, access: Access, path: &Path) {
-        let Some(top) = source.parts.first() else {
-            return;
-        };
-        if !top.is_directory {
-            return;
-        }
-        if top.is_remote {
-            // Its mount points are its server's, which may not answer.
+    /// Passes on what is mounted below a source that is at `path`, now and later, if
+    /// that can be done.
+    fn follow(&mut self, source: &Source, access: Access, path: &Path) -> bool {
+        // A directory within a volume has a name that the guest may change.
+        let volume = self.known.iter().find(|known| known.path() == path);
+        let (Some(volume), true) = (volume, source.is_followable()) else {
             tracing::warn!(
-                "what is mounted below {} later is not passed on to the pod: its file system has a server",
+                "what is mounted below {} later is not passed on to the pod: it lies on a server, or within another volume of the pod",
                 source.path.display()
             );
-            return;
-        }
-        let followee = Followee {
-            directory: source.canonical.clone(),
-            mount: top.mount,
+            return false;
         };
-        let target = self.places[0].path.join(path);
-        let new = || Followed::new(target, access);
-        let followed = self.followed.entry(followee).or_insert_with(new);
+        let target = self.places[volume.place].path.join(volume.in_share());
+        let mount = source.parts.first().map_or(0, |top| top.mount);
+        let new = || Followed::new(source.canonical.clone(), mount, target, access);
+        let followed = self.followed.entry(volume.number).or_insert_with(new);
         followed.also(access);
-        let local = source.parts.iter().skip(1).filter(|part| !part.is_remote);
-        followed.add(local);
+        // Those that are there are there from the start.
+        match source::news_of(&followed.followee(volume.number)) {
+            Ok(news) => followed.add(news.newcomers),
+            Err(error) => tracing::warn!("the host's mounts cannot be read: {error}"),
+        }
+        true
     }
 
     /// The directories below which mounts are followed.
     pub(super) fn followees(&self) -> Vec<Followee> {
-        self.followed.keys().cloned().collect()
+        let followed = self.followed.iter();
+        followed
+            .map(|(number, followed)| followed.followee(*number))
+            .collect()
     }
 
-    /// Passes on what is mounted below a directory by now.
-    pub(super) fn update(&mut self, followee: &Followee, parts: &[Part]) {
-        if let Some(followed) = self.followed.get_mut(followee) {
-            followed.update(parts);
+    /// Passes on what has been mounted below a directory, and takes away what has been
+    /// unmounted.
+    pub(super) fn update(&mut self, followee: &Followee, news: News) {
+        if let Some(followed) = self.followed.get_mut(&followee.volume) {
+            followed.retain(&news.present);
+            followed.add(news.newcomers);
         }
+    }
+
+    /// What is below a directory is no longer followed; what is there stays.
+    pub(super) fn unfollow(&mut self, followee: &Followee) {
+        self.followed.remove(&followee.volume);
     }
 
     fn place_part(&mut self, name: &Path, part: &Part, access: Access) -> Result<PathBuf, Error> {

@@ -1,7 +1,7 @@
 //! The AppArmor policy that the guest has: the host's, for each profile that a
 //! process of the pod asks for.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use serde_json::Value;
@@ -10,9 +10,10 @@ use super::{Agent, Error, Pod, blocking};
 use crate::host;
 use crate::spec;
 
-/// What was loaded so far, by its hash: most containers ask for the same.
+/// The hash of the policy that each profile was loaded with last: most containers ask
+/// for the same.
 #[derive(Debug, Default)]
-pub struct Loaded(HashSet<u64>);
+pub struct Loaded(HashMap<String, u64>);
 
 /// The profile that a `process` of the OCI runtime configuration asks for.
 pub fn profile_of(process: &Value) -> Option<String> {
@@ -27,20 +28,25 @@ impl Pod {
         let Some(profile) = profile.map(str::to_owned) else {
             return Ok(());
         };
-        let read = blocking(move || Ok(host::apparmor::policy(&profile)?));
+        // Held while it is read and loaded: the guest gets what is read last.
+        let mut loaded = self.apparmor.lock().await;
+        let name = profile.clone();
+        let read = blocking(move || Ok(host::apparmor::policy(&name)?));
         let Some(policy) = read.await? else {
             return Ok(());
         };
         let mut hasher = DefaultHasher::new();
         policy.hash(&mut hasher);
         let hash = hasher.finish();
-        // Held while it is loaded: whoever wants the same waits for it.
-        let mut loaded = self.apparmor.lock().await;
-        if !loaded.0.contains(&hash) {
-            self.explain(agent.load_apparmor_policy(policy).await)
-                .await?;
-            loaded.0.insert(hash);
+        if loaded.0.get(&profile) == Some(&hash) {
+            return Ok(());
         }
+        self.explain(agent.load_apparmor_policy(policy).await)
+            .await?;
+        // It may hold others, as they were when it was loaded on the host: what is
+        // asked for next is loaded again.
+        loaded.0.clear();
+        loaded.0.insert(profile, hash);
         Ok(())
     }
 }

@@ -21,7 +21,7 @@ use crate::host::mounts::Access;
 use crate::host::netns::Network;
 use crate::host::network::Scan;
 use crate::host::pod::{ContainerRequest, Error, ExitRecord, HostPod};
-use crate::host::source::{Part, Source};
+use crate::host::source::{News, Source};
 use crate::host::stand_in::StandIn;
 use crate::host::vm::VmRequest;
 use crate::host::volumes::{Below, Followee, Placed};
@@ -58,7 +58,7 @@ pub trait HostSide: Send + 'static {
     /// [`HostPod::followees`].
     fn followees(&mut self) -> Vec<Followee>;
     /// [`HostPod::update_mounts`].
-    fn update_mounts(&mut self, followee: &Followee, parts: &[Part]);
+    fn update_mounts(&mut self, followee: &Followee, news: Option<News>);
     /// [`HostPod::start_stand_in`]; returns its pid.
     fn start_stand_in(&mut self, process: &ProcessId) -> Result<u32, Error>;
     /// [`HostPod::end_stand_in`]. Idempotent.
@@ -172,8 +172,8 @@ impl HostSide for Real {
         self.pod.followees()
     }
 
-    fn update_mounts(&mut self, followee: &Followee, parts: &[Part]) {
-        self.pod.update_mounts(followee, parts);
+    fn update_mounts(&mut self, followee: &Followee, news: Option<News>) {
+        self.pod.update_mounts(followee, news);
     }
 
     fn start_stand_in(&mut self, process: &ProcessId) -> Result<u32, Error> {

@@ -3,11 +3,14 @@
 use std::fs::File;
 
 use tokio::io::Interest;
+use tokio::time::timeout;
 use tracing::warn;
 
 use super::host_side::HostSide;
-use super::{Error, Pod, blocking, chain};
-use crate::host::source;
+use super::volumes::SOURCE_TIMEOUT;
+use super::{Error, Pod, chain};
+use crate::host::source::{self, News};
+use crate::host::volumes::Followee;
 use crate::readiness::changed;
 
 /// The host's table of mounts, as this process sees it.
@@ -48,15 +51,28 @@ impl Pod {
     async fn update_mounts(&self) -> Result<(), Error> {
         let followees = self.on_host(HostSide::followees).await?;
         for followee in followees.unwrap_or_default() {
-            // A server may be asked here: with nothing held that others wait for.
-            let (followee, parts) = blocking(move || {
-                let parts = source::mounts_below(&followee).map_err(Error::WatchMounts)?;
-                Ok((followee, parts))
-            })
-            .await?;
-            self.on_host(move |host| host.update_mounts(&followee, &parts))
+            let news = look_at(followee.clone()).await;
+            if news.is_none() {
+                warn!(
+                    "what is mounted below {} is no longer passed on: the host does not tell what is",
+                    followee.directory().display()
+                );
+            }
+            self.on_host(move |host| host.update_mounts(&followee, news))
                 .await?;
         }
         Ok(())
+    }
+}
+
+/// Looks with nothing held that others wait for. `None` when the kernel does not tell,
+/// or the server of a file system that is on the way does not answer.
+async fn look_at(followee: Followee) -> Option<News> {
+    let (tell, told) = tokio::sync::oneshot::channel();
+    // A thread that nobody joins: it may wait for a server for ever.
+    std::thread::spawn(move || tell.send(source::news_of(&followee)));
+    match timeout(SOURCE_TIMEOUT, told).await {
+        Ok(Ok(news)) => news.ok(),
+        _ => None,
     }
 }

@@ -15,7 +15,7 @@ use crate::host::volumes::{Below, Placed};
 use crate::spec::{IntoJsonError, Volumes};
 
 /// How long the server of a volume's file system may take to show the volume.
-const SOURCE_TIMEOUT: Duration = Duration::from_secs(20);
+pub(super) const SOURCE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The sources that a container binds, looked at with nobody waiting for it.
 pub(super) async fn open_sources(

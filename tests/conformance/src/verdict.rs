@@ -40,11 +40,18 @@ impl Verdict {
 
     /// Whether every spec that Bulkhead failed is one that runc failed too: what runc fails, the node is to blame for.
     pub fn passed(&self) -> bool {
-        self.0
-            .iter()
-            .filter(|run| run.runtime == Runtime::Bulkhead)
+        self.of_bulkhead()
             .flat_map(|run| run.having(State::Failed))
             .all(|spec| self.runc_failed(&spec.name))
+    }
+
+    /// Whether every spec was there to be passed: one that skips itself found that the node or the runtime lacks something.
+    pub fn complete(&self) -> bool {
+        self.of_bulkhead().all(|run| run.count(State::Skipped) == 0)
+    }
+
+    fn of_bulkhead(&self) -> impl Iterator<Item = &Run> {
+        self.0.iter().filter(|run| run.runtime == Runtime::Bulkhead)
     }
 
     fn runc_failed(&self, name: &str) -> bool {
@@ -142,6 +149,15 @@ mod tests {
         assert!(verdict.passed());
         verdict.add(Runtime::Bulkhead, vec![spec("b", State::Failed)], &[]);
         assert!(!verdict.passed());
+    }
+
+    #[test]
+    fn complete_a_spec_that_skips_itself_is_missing() {
+        let mut verdict = Verdict::default();
+        verdict.add(Runtime::Runc, vec![spec("a", State::Skipped)], &[]);
+        assert!(verdict.complete());
+        verdict.add(Runtime::Bulkhead, vec![spec("a", State::Skipped)], &[]);
+        assert!(verdict.passed() && !verdict.complete());
     }
 
     #[test]

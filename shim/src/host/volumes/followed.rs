@@ -16,40 +16,68 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, open, openat2};
 use rustix::mount::{UnmountFlags, unmount};
 
 use crate::host::mounts::{self, Access};
-use crate::host::source::Part;
+use crate::host::source::{Mounted, Newcomer};
 
-/// A directory of the host below which mounts are followed.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// A directory of the host below which mounts are followed, and those that are
+/// known of.
+#[derive(Clone, Debug)]
 pub struct Followee {
+    /// Which of the pod's volumes it is.
+    pub(in crate::host) volume: u32,
     /// On the host.
     pub(in crate::host) directory: PathBuf,
     /// The mount that it lies on (`stx_mnt_id` of statx(2)).
     pub(in crate::host) mount: u64,
+    /// Below it, by the identity that the host's mount has.
+    pub(in crate::host) known: BTreeMap<u64, Mounted>,
+}
+
+impl Followee {
+    /// On the host.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
 }
 
 /// Where the mounts below one directory go, and those that are there.
 #[derive(Debug)]
 pub(super) struct Followed {
-    /// In the share, on the host.
+    directory: PathBuf,
+    mount: u64,
+    /// The volume in the share, on the host: a name that the guest cannot change.
     target: PathBuf,
     access: Access,
-    /// By the identity that the host's mount has.
     attached: BTreeMap<u64, Attached>,
 }
 
 #[derive(Debug)]
 struct Attached {
-    /// Relative to the directory.
-    at: PathBuf,
-    mount: OwnedFd,
+    mounted: Mounted,
+    /// `None` when it could not be attached, which has been told.
+    copy: Option<OwnedFd>,
 }
 
 impl Followed {
-    pub(super) fn new(target: PathBuf, access: Access) -> Self {
+    pub(super) fn new(directory: PathBuf, mount: u64, target: PathBuf, access: Access) -> Self {
         Self {
+            directory,
+            mount,
             target,
             access,
             attached: BTreeMap::new(),
+        }
+    }
+
+    /// As others look at it, with nothing held.
+    pub(super) fn followee(&self, volume: u32) -> Followee {
+        let known = self.attached.iter();
+        Followee {
+            volume,
+            directory: self.directory.clone(),
+            mount: self.mount,
+            known: known
+                .map(|(id, attached)| (*id, attached.mounted.clone()))
+                .collect(),
         }
     }
 
@@ -58,63 +86,64 @@ impl Followed {
         if access == Access::Writable && self.access != Access::Writable {
             self.access = access;
             // They come anew, writable, with the next update.
-            self.detach(|_| true);
+            self.keep(|_, _| false);
         }
     }
 
-    /// Attaches what is new of `parts`, the mounts that the host has below the
-    /// directory, outermost first, and detaches what has gone.
-    pub(super) fn update(&mut self, parts: &[Part]) {
-        self.detach(|id| parts.iter().all(|part| part.mount != id));
-        self.add(parts.iter());
+    /// Detaches what is not among the mounts that the host has now, `present`.
+    pub(super) fn retain(&mut self, present: &BTreeMap<u64, Mounted>) {
+        // An identity may be another mount's by now.
+        self.keep(|id, mounted| present.get(&id) == Some(mounted));
     }
 
-    /// Attaches what is new of `parts`, outermost first.
-    pub(super) fn add<'a>(&mut self, parts: impl Iterator<Item = &'a Part>) {
-        for part in parts {
-            if self.attached.contains_key(&part.mount) {
+    /// Attaches what is new, outermost first.
+    pub(super) fn add(&mut self, newcomers: Vec<Newcomer>) {
+        for newcomer in newcomers {
+            if self.attached.contains_key(&newcomer.id) {
                 continue;
             }
-            match self.attach(part) {
-                Ok(attached) => drop(self.attached.insert(part.mount, attached)),
-                Err(error) => tracing::warn!(
-                    "a mount of the host at {} is not passed on to the pod: {error}",
-                    part.at.display()
-                ),
+            let copy = self.attach(&newcomer);
+            if let Err(error) = &copy {
+                tracing::warn!(
+                    "a mount of the host below {} is not passed on to the pod, {}: {error}",
+                    self.directory.display(),
+                    newcomer.mounted.at.display()
+                );
             }
+            let attached = Attached {
+                mounted: newcomer.mounted,
+                copy: copy.ok(),
+            };
+            self.attached.insert(newcomer.id, attached);
         }
     }
 
-    fn attach(&self, part: &Part) -> io::Result<Attached> {
-        if part.is_remote {
-            return Err(io::Error::other(
-                "its server could hold up the pod's other volumes; only those that are there at the start have a file server of their own",
-            ));
-        }
+    fn attach(&self, newcomer: &Newcomer) -> io::Result<OwnedFd> {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
-        let directory = open(&self.target, flags, Mode::empty())?;
-        // The guest may be renaming directories there: by no link, and not out.
+        let volume = open(&self.target, flags | OFlags::NOFOLLOW, Mode::empty())?;
+        // The guest may be renaming directories in the volume: by no link, and not
+        // out of it.
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-        let at = openat2(&directory, &part.at, flags, Mode::empty(), resolve)?;
-        let mount = mounts::attach_copy_at(&part.opened, &at, self.access)?;
-        Ok(Attached {
-            at: part.at.clone(),
-            mount,
-        })
+        let at = &newcomer.mounted.at;
+        let at = openat2(&volume, at, flags, Mode::empty(), resolve)?;
+        Ok(mounts::attach_copy_at(&newcomer.opened, &at, self.access)?)
     }
 
-    fn detach(&mut self, gone: impl Fn(u64) -> bool) {
-        let mut leaving: Vec<_> = self.attached.extract_if(.., |id, _| gone(*id)).collect();
-        leaving.sort_by_key(|(_, attached)| std::cmp::Reverse(attached.at.components().count()));
+    fn keep(&mut self, stays: impl Fn(u64, &Mounted) -> bool) {
+        let leaving = |id: &u64, attached: &mut Attached| !stays(*id, &attached.mounted);
+        let mut leaving: Vec<_> = self.attached.extract_if(.., leaving).collect();
+        let depth = |attached: &Attached| attached.mounted.at.components().count();
+        leaving.sort_by_key(|(_, attached)| std::cmp::Reverse(depth(attached)));
         for (_, attached) in leaving {
+            let Some(copy) = attached.copy else { continue };
             // By the mount itself, whatever its name leads to by now.
-            let mount = format!("/proc/thread-self/fd/{}", attached.mount.as_raw_fd());
+            let mount = format!("/proc/thread-self/fd/{}", copy.as_raw_fd());
             match unmount(Path::new(&mount), UnmountFlags::DETACH) {
                 // It went with the one that it was mounted on.
                 Ok(()) | Err(rustix::io::Errno::INVAL) => {}
                 Err(error) => tracing::warn!(
-                    "a mount at {} that the host no longer has stays in the pod: {error}",
-                    attached.at.display()
+                    "a mount that the host no longer has stays in the pod, {}: {error}",
+                    attached.mounted.at.display()
                 ),
             }
         }

@@ -286,8 +286,8 @@ fn place_followed_has_the_mounts_that_the_host_has() {
 
     let update = |scene: &mut Scene| {
         for followee in scene.volumes.followees() {
-            let parts = source::mounts_below(&followee).expect("looks");
-            scene.volumes.update(&followee, &parts);
+            let news = source::news_of(&followee).expect("looks");
+            scene.volumes.update(&followee, news);
         }
     };
     tmpfs_at(&scene.at("volume/late"));
@@ -323,4 +323,79 @@ fn place_followed_that_becomes_writable_has_writable_mounts() {
         assert_eq!(placed.expect("places").path, Path::new("volumes/0"));
         assert_eq!(scene.write(Path::new("volumes/0/below")), written);
     }
+}
+
+#[test]
+fn place_followed_another_mount_of_the_same_identity_takes_its_place() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    scene.make("volume/below");
+    tmpfs_at(&scene.at("volume/below"));
+    fs::write(scene.at("volume/below/old"), "x").expect("writes");
+    let source = Source::open(&scene.at("volume")).expect("opens");
+    let placed = scene.volumes.place(&source, Writable, Below::Followed);
+    placed.expect("places");
+    // The kernel gives an identity that is free to the next mount.
+    mounts::unmount_all(&scene.at("volume/below")).expect("unmounts");
+    tmpfs_at(&scene.at("volume/below"));
+    fs::write(scene.at("volume/below/new"), "x").expect("writes");
+    let followee = scene.volumes.followees().remove(0);
+    let news = source::news_of(&followee).expect("looks");
+    scene.volumes.update(&followee, news);
+    let below = scene.at("share/volumes/0/below");
+    assert!(below.join("new").exists() && !below.join("old").exists());
+}
+
+#[test]
+fn place_followed_within_another_volume_or_of_a_share_is_not_followed() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    scene.make("volume/sub/below");
+    tmpfs_at(&scene.at("volume/sub/below"));
+    scene.place("volume", Writable);
+    let source = Source::open(&scene.at("volume/sub")).expect("opens");
+    let placed = scene.volumes.place(&source, Writable, Below::Followed);
+    // Its name may change under our hands: what is there now comes as ever.
+    assert_eq!(placed.expect("places").below.len(), 1);
+    assert_eq!(scene.volumes.followees().len(), 0);
+
+    // All of the host, with the share in it.
+    let source = Source::open(scene.base.path()).expect("opens");
+    let placed = scene.volumes.place(&source, Writable, Below::Followed);
+    placed.expect("places");
+    let followee = scene.volumes.followees().remove(0);
+    assert!(
+        followee
+            .known
+            .values()
+            .all(|mounted| !mounted.at.starts_with("share"))
+    );
+    let news = source::news_of(&followee).expect("looks");
+    assert_eq!(news.newcomers.len(), 0);
+    assert_eq!(news.present.len(), followee.known.len());
+}
+
+#[test]
+fn place_followed_a_link_of_the_guests_leads_nowhere() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    scene.make("volume/a/late");
+    scene.make("victim/late");
+    let source = Source::open(&scene.at("volume")).expect("opens");
+    let placed = scene.volumes.place(&source, Writable, Below::Followed);
+    placed.expect("places");
+    tmpfs_at(&scene.at("volume/a/late"));
+    fs::write(scene.at("volume/a/late/file"), "x").expect("writes");
+    let followee = scene.volumes.followees().remove(0);
+    let news = source::news_of(&followee).expect("looks");
+    assert_eq!(news.newcomers.len(), 1);
+    // Between the look and the deed.
+    let in_share = scene.at("share/volumes/0");
+    fs::rename(in_share.join("a"), in_share.join("b")).expect("renames");
+    std::os::unix::fs::symlink(scene.at("victim"), in_share.join("a")).expect("links");
+    scene.volumes.update(&followee, news);
+    assert!(!scene.at("victim/late/file").exists());
 }

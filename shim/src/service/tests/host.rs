@@ -17,7 +17,7 @@ use crate::host::network::{Scan, Tables};
 use crate::host::pod::{
     ContainerHooks, ContainerRequest, Error as HostError, ExitRecord, OrderError,
 };
-use crate::host::source::{Part, Source};
+use crate::host::source::{News, Source};
 use crate::host::volumes::{Below, Followee, Placed};
 use crate::pod::host_side::{HostSide, StartError};
 use crate::pod::machine::Machine;
@@ -126,7 +126,7 @@ impl HostSide for FakeHost {
         Vec::new()
     }
 
-    fn update_mounts(&mut self, _: &Followee, _: &[Part]) {}
+    fn update_mounts(&mut self, _: &Followee, _: Option<News>) {}
 
     fn add_volume(&mut self, _: &Source, _: Access, _: Below) -> Result<Placed, HostError> {
         self.note("volume");
