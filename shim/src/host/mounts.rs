@@ -256,21 +256,9 @@ pub(super) fn attach_copy(
     recursive: bool,
     access: Access,
 ) -> rustix::io::Result<()> {
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_EMPTY_PATH;
-    if recursive {
-        flags |= OpenTreeFlags::AT_RECURSIVE;
-    }
-    let tree = open_tree(opened, "", flags)?;
-    mount_attributes::disarm(tree.as_fd(), access)?;
-    move_mount(
-        &tree,
-        "",
-        CWD,
-        target,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-    )
+    let tree = detached_copy(opened, recursive, access)?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    move_mount(&tree, "", CWD, target, flags)
 }
 
 /// Attaches a copy of what `opened` refers to, without what is mounted below, over
@@ -280,13 +268,21 @@ pub(super) fn attach_copy_at(
     target: &OwnedFd,
     access: Access,
 ) -> rustix::io::Result<OwnedFd> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_EMPTY_PATH;
-    let tree = open_tree(opened, "", flags)?;
-    mount_attributes::disarm(tree.as_fd(), access)?;
+    let tree = detached_copy(opened, false, access)?;
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     move_mount(&tree, "", target, "", flags)?;
+    Ok(tree)
+}
+
+fn detached_copy(opened: &OwnedFd, recursive: bool, access: Access) -> rustix::io::Result<OwnedFd> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    if recursive {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
+    }
+    let tree = open_tree(opened, "", flags)?;
+    mount_attributes::disarm(tree.as_fd(), access)?;
     Ok(tree)
 }
 

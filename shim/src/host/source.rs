@@ -269,6 +269,24 @@ impl Source {
         top.is_some_and(|top| top.is_directory && !top.is_remote)
     }
 
+    /// What is passed on from the start when it is followed, outermost first.
+    pub(super) fn newcomers(&self) -> io::Result<Vec<Newcomer>> {
+        let parts = self.parts.iter().filter(|part| self.follows(part));
+        let newcomer = |part: &Part| {
+            Ok(Newcomer {
+                id: part.mount,
+                mounted: Mounted {
+                    at: part.at.clone(),
+                    file_system: part.location.file_system.clone(),
+                    root: part.location.path.clone(),
+                    read_only: part.read_only,
+                },
+                opened: part.opened.try_clone()?,
+            })
+        };
+        parts.map(newcomer).collect()
+    }
+
     /// Whether a part of it is passed on when it is followed.
     pub(super) fn follows(&self, part: &Part) -> bool {
         let is_above = |other: &&Part| part.at.starts_with(&other.at);

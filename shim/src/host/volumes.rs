@@ -274,6 +274,13 @@ impl Volumes {
     /// Passes on what is mounted below a source that is at `path`, now and later, if
     /// that can be done.
     fn follow(&mut self, source: &Source, access: Access, path: &Path) -> bool {
+        let newcomers = match source.newcomers() {
+            Ok(newcomers) => newcomers,
+            Err(error) => {
+                tracing::warn!("mounts are not followed: {error}");
+                return false;
+            }
+        };
         // A directory within a volume has a name that the guest may change.
         let volume = self.known.iter().find(|known| known.path() == path);
         let (Some(volume), true) = (volume, source.is_followable()) else {
@@ -288,11 +295,7 @@ impl Volumes {
         let new = || Followed::new(source.canonical.clone(), mount, target, access);
         let followed = self.followed.entry(volume.number).or_insert_with(new);
         followed.also(access);
-        // Those that are there are there from the start.
-        match source::news_of(&followed.followee(volume.number)) {
-            Ok(news) => followed.add(news.newcomers),
-            Err(error) => tracing::warn!("the host's mounts cannot be read: {error}"),
-        }
+        followed.add(newcomers);
         true
     }
 
