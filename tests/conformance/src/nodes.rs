@@ -6,11 +6,11 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use bulkhead_e2e::lab::Lab;
 use bulkhead_node::{NodeCommand, NodeError};
 
-use crate::report::{self, Spec};
+use crate::report::{self, Spec, State};
 use crate::{Runtime, critest};
 
 /// Nodes, each with a registry that serves critest's images.
@@ -48,7 +48,7 @@ impl Nodes {
         );
         let mut names: Vec<_> = report::parse(&self::report(lab)?)?
             .into_iter()
-            .filter(|spec| spec.state == report::State::Passed)
+            .filter(|spec| spec.state == State::Passed)
             .map(|spec| spec.name)
             .collect();
         // The suite shuffles them.
@@ -111,16 +111,27 @@ fn run_in(
 ) -> Result<Vec<Spec>> {
     let before = lab.resources()?;
     let log = out.join(format!("{title}.log"));
-    follow(lab, &critest::run(runtime, names), names.len(), title, &log)?;
+    let succeeded = follow(lab, &critest::run(runtime, names), names.len(), title, &log)?;
     let specs: Vec<_> = report::parse(&report(lab)?)?
         .into_iter()
-        .filter(|spec| spec.state != report::State::Skipped || names.contains(&spec.name))
+        .filter(|spec| spec.state != State::Skipped || names.contains(&spec.name))
         .collect();
     ensure!(
         specs.len() >= names.len(),
         "{title}: critest reports {} specs of {}, see {}",
         specs.len(),
         names.len(),
+        log.display()
+    );
+    // One that skips itself says why; others were not run, as after a limit of the suite's own.
+    let not_run = |spec: &&Spec| spec.state == State::Skipped && spec.message.is_empty();
+    if let Some(spec) = specs.iter().find(not_run) {
+        bail!("{title}: {} was not run, see {}", spec.name, log.display());
+    }
+    let is_explained = succeeded || specs.iter().any(|spec| spec.state == State::Failed);
+    ensure!(
+        is_explained,
+        "{title}: critest failed and no spec did, see {}",
         log.display()
     );
     // What failed specs leave is theirs; what the runtime leaves when it is told to remove that is not.
@@ -131,8 +142,8 @@ fn run_in(
     Ok(specs)
 }
 
-/// Runs critest to its end, its output in `log`, with a line for every tenth spec. That specs failed is no error.
-fn follow(lab: &Lab, command: &NodeCommand, count: usize, title: &str, log: &Path) -> Result<()> {
+/// Runs critest to its end, its output in `log`, with a line for every tenth spec. Returns whether it succeeded.
+fn follow(lab: &Lab, command: &NodeCommand, count: usize, title: &str, log: &Path) -> Result<bool> {
     let node = lab.node();
     let lost = |source| -> NodeError { node.explain(source) };
     let mut process = node.spawn(command)?;
@@ -171,8 +182,7 @@ fn follow(lab: &Lab, command: &NodeCommand, count: usize, title: &str, log: &Pat
         anyhow::Ok(())
     })
     .with_context(|| format!("follow critest, {title}"))?;
-    process.wait().map_err(lost)?;
-    Ok(())
+    Ok(process.wait().map_err(lost)?.success())
 }
 
 fn report(lab: &Lab) -> Result<String> {
