@@ -39,9 +39,9 @@ fn features() -> Value {
         "hooks": ["prestart", "createRuntime", "startContainer", "poststart", "poststop"],
         // The words that agent/container/src/rootfs/options.rs knows.
         "mountOptions": [
-            "async", "atime", "bind", "defaults", "dev", "diratime", "exec", "noatime", "nodev",
+            "async", "atime", "bind", "defaults", "dev", "diratime", "exec", "idmap", "noatime", "nodev",
             "nodiratime", "noexec", "norelatime", "nostrictatime", "nosuid", "nosymfollow",
-            "private", "ratime", "rbind", "rdev", "rdiratime", "relatime", "rexec", "rnoatime",
+            "private", "ratime", "rbind", "rdev", "rdiratime", "relatime", "rexec", "ridmap", "rnoatime",
             "rnodev", "rnodiratime", "rnoexec", "rnorelatime", "rnostrictatime", "rnosuid",
             "rnosymfollow", "remount", "ro", "rprivate", "rrelatime", "rro", "rrw", "rshared", "rslave",
             "rstrictatime", "rsuid", "rsymfollow", "runbindable", "rw", "shared", "slave",
@@ -53,7 +53,7 @@ fn features() -> Value {
             "seccomp": {"enabled": true},
             "apparmor": {"enabled": true},
             "selinux": {"enabled": false},
-            "mountExtensions": {"idmap": {"enabled": false}},
+            "mountExtensions": {"idmap": {"enabled": true}},
         },
     })
 }

@@ -15,6 +15,7 @@ pub mod cleanup;
 pub mod deadline;
 pub mod directory;
 pub mod hooks;
+pub mod id_maps;
 pub mod install;
 pub mod jail;
 pub mod loopback;

@@ -54,6 +54,22 @@ pub(super) fn make_writable(mount: BorrowedFd<'_>) -> Result<()> {
     set(mount, &attributes, 0)
 }
 
+/// Shows the files of a detached mount with other owners: as the user namespace `maps`
+/// has them. What is mounted below the top stays as it is.
+///
+/// # Errors
+/// `EINVAL` when its file system cannot (network and user-space ones, mostly).
+pub(super) fn map_ids(tree: BorrowedFd<'_>, maps: BorrowedFd<'_>) -> Result<()> {
+    let attributes = MountAttr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        // A descriptor that is open is no negative number.
+        userns_fd: u64::from(maps.as_raw_fd().cast_unsigned()),
+    };
+    set(tree, &attributes, 0)
+}
+
 fn set(tree: BorrowedFd<'_>, attributes: &MountAttr, flags: i32) -> Result<()> {
     // SAFETY: the path is an empty string, the structure outlives the call and
     // its size is the one given.

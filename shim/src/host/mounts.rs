@@ -5,8 +5,10 @@
 //! it is attached, since a flag set later would not reach the file server's
 //! copy of the mount.
 
+mod mapped;
+
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::sched::{CloneFlags, unshare};
@@ -17,6 +19,7 @@ use rustix::mount::{
 };
 use thiserror::Error;
 
+use super::id_maps::IdMaps;
 use super::{mount_attributes, overlay_options};
 
 /// One mount of `CreateTaskRequest.rootfs`, in containerd's terms.
@@ -94,6 +97,9 @@ pub enum Error {
         /// Their length after shortening.
         bytes: usize,
     },
+    /// No user namespace to map ids by.
+    #[error("make the user namespace that maps ids (check sysctl user.max_user_namespaces)")]
+    IdMaps(#[source] io::Error),
     /// The source cannot be opened, or nothing can be mounted.
     #[error("{operation} {source_path} at {target}")]
     Io {
@@ -112,6 +118,9 @@ pub enum Error {
 /// The most that the kernel takes.
 const MAX_OPTIONS_BYTES: usize = overlay_options::MAX_BYTES;
 
+const MOUNT_MAPPED: &str =
+    "mount with mapped ids (does the snapshotter's file system support id-mapped mounts?)";
+
 const HARMLESS: MountFlags = MountFlags::NOSUID
     .union(MountFlags::NODEV)
     .union(MountFlags::NOEXEC);
@@ -120,7 +129,7 @@ const HARMLESS: MountFlags = MountFlags::NOSUID
 /// nothing stays mounted.
 pub(super) fn mount_rootfs(rootfs: &RootFs, target: &Path) -> Result<(), Error> {
     let result = match rootfs {
-        RootFs::Premounted(directory) => bind(directory, target, true, Access::Writable),
+        RootFs::Premounted(directory) => bind(directory, target, true, Access::Writable, None),
         RootFs::Mounts(mounts) => mounts.iter().try_for_each(|mount| mount_one(mount, target)),
     };
     result.inspect_err(|_| {
@@ -135,6 +144,8 @@ fn mount_one(mount: &Mount, target: &Path) -> Result<(), Error> {
         });
     }
     let options = Options::parse(&mount.options)?;
+    let maps = options.id_maps()?;
+    let maps = maps.as_ref().map(OwnedFd::as_fd);
     match mount.kind.as_str() {
         "bind" | "rbind" => {
             let recursive = mount.kind == "rbind" || options.recursive;
@@ -149,10 +160,10 @@ fn mount_one(mount: &Mount, target: &Path) -> Result<(), Error> {
                     advice: "a bind mount takes none of its own",
                 });
             }
-            bind(Path::new(&mount.source), target, recursive, access)
+            bind(Path::new(&mount.source), target, recursive, access, maps)
         }
-        "overlay" => mount_overlay(&options, target),
-        "ext4" | "xfs" | "btrfs" => mount_device(mount, &options, target),
+        "overlay" => mount_overlay(&options, target, maps),
+        "ext4" | "xfs" | "btrfs" => mount_device(mount, &options, target, maps),
         kind => Err(Error::Kind {
             kind: kind.to_owned(),
         }),
@@ -164,6 +175,8 @@ fn mount_one(mount: &Mount, target: &Path) -> Result<(), Error> {
 struct Options<'a> {
     flags: MountFlags,
     recursive: bool,
+    uids: Option<&'a str>,
+    gids: Option<&'a str>,
     data: Vec<&'a str>,
 }
 
@@ -172,6 +185,8 @@ impl<'a> Options<'a> {
         let mut parsed = Self {
             flags: HARMLESS,
             recursive: false,
+            uids: None,
+            gids: None,
             data: Vec::new(),
         };
         for option in options {
@@ -205,9 +220,8 @@ impl<'a> Options<'a> {
                     "give the loop device itself as the source, or use the overlayfs snapshotter",
                 );
             }
-            _ if option.starts_with("uidmap=") || option.starts_with("gidmap=") => {
-                return refuse("user namespaces of the host end at the VM; drop the id mapping");
-            }
+            _ if option.starts_with("uidmap=") => self.uids = option.strip_prefix("uidmap="),
+            _ if option.starts_with("gidmap=") => self.gids = option.strip_prefix("gidmap="),
             _ if option.starts_with("X-containerd.") => {
                 return refuse("containerd must handle it before the shim");
             }
@@ -216,14 +230,29 @@ impl<'a> Options<'a> {
         }
         Ok(())
     }
+
+    /// The user namespace that maps the file system's ids, if it is to be mapped.
+    fn id_maps(&self) -> Result<Option<OwnedFd>, Error> {
+        let (uids, gids) = match (self.uids, self.gids) {
+            (None, None) => return Ok(None),
+            (uids, gids) => (uids.unwrap_or_default(), gids.unwrap_or_default()),
+        };
+        let maps = IdMaps::of_options(uids, gids).ok_or_else(|| Error::Option {
+            option: format!("uidmap={uids},gidmap={gids}"),
+            advice: "need both, each INSIDE:OUTSIDE:COUNT",
+        })?;
+        maps.namespace().map(Some).map_err(Error::IdMaps)
+    }
 }
 
-/// Attaches a copy of `source`'s tree at `target`.
+/// Attaches a copy of `source`'s tree at `target`, with its ids mapped by a user
+/// namespace if there is one.
 pub(super) fn bind(
     source: &Path,
     target: &Path,
     recursive: bool,
     access: Access,
+    id_maps: Option<BorrowedFd<'_>>,
 ) -> Result<(), Error> {
     let failed = |operation| {
         move |source_error: Errno| Error::Io {
@@ -246,19 +275,28 @@ pub(super) fn bind(
         }
         other => other.map_err(failed("open"))?,
     };
-    attach_copy(&directory, target, recursive, access).map_err(failed("bind"))
+    attach_copy(&directory, target, recursive, access, id_maps).map_err(failed("bind"))
 }
 
-/// Attaches a copy of what `opened` refers to, directory or file, at `target`.
+/// Attaches a copy of what `opened` refers to, directory or file, at `target`; the ids
+/// of its own mount, not of those below, are mapped by a user namespace if there is one.
 pub(super) fn attach_copy(
     opened: &OwnedFd,
     target: &Path,
     recursive: bool,
     access: Access,
+    id_maps: Option<BorrowedFd<'_>>,
 ) -> rustix::io::Result<()> {
     let tree = detached_copy(opened, recursive, access)?;
+    if let Some(maps) = id_maps {
+        mount_attributes::map_ids(tree.as_fd(), maps)?;
+    }
+    attach(&tree, target)
+}
+
+fn attach(tree: &OwnedFd, target: &Path) -> rustix::io::Result<()> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    move_mount(&tree, "", CWD, target, flags)
+    move_mount(tree, "", CWD, target, flags)
 }
 
 /// Attaches a copy of what `opened` refers to, without what is mounted below, over
@@ -286,7 +324,12 @@ fn detached_copy(opened: &OwnedFd, recursive: bool, access: Access) -> rustix::i
     Ok(tree)
 }
 
-fn mount_device(described: &Mount, options: &Options<'_>, target: &Path) -> Result<(), Error> {
+fn mount_device(
+    described: &Mount,
+    options: &Options<'_>,
+    target: &Path,
+    maps: Option<BorrowedFd<'_>>,
+) -> Result<(), Error> {
     let source = Path::new(&described.source);
     let failed = |operation| {
         move |error: Errno| Error::Io {
@@ -306,26 +349,42 @@ fn mount_device(described: &Mount, options: &Options<'_>, target: &Path) -> Resu
         });
     }
     let data = options.data.join(",");
-    mount_with(source, target, &described.kind, options.flags, &data)
-        .map_err(failed("mount the file system on"))
+    let make = || mount_with(source, target, &described.kind, options.flags, &data);
+    match maps {
+        None => make().map_err(failed("mount the file system on")),
+        Some(maps) => mapped::whole(target, maps, make)
+            .and_then(|tree| attach(&tree, target))
+            .map_err(failed(MOUNT_MAPPED)),
+    }
 }
 
-fn mount_overlay(options: &Options<'_>, target: &Path) -> Result<(), Error> {
-    let failed = |error: Errno| Error::Io {
-        operation: "mount",
-        source_path: PathBuf::from("overlay"),
-        target: target.to_owned(),
-        source: error.into(),
+fn mount_overlay(
+    options: &Options<'_>,
+    target: &Path,
+    maps: Option<BorrowedFd<'_>>,
+) -> Result<(), Error> {
+    let failed = |operation| {
+        move |error: Errno| Error::Io {
+            operation,
+            source_path: PathBuf::from("overlay"),
+            target: target.to_owned(),
+            source: error.into(),
+        }
     };
     let overlay = Path::new("overlay");
     let fitted = overlay_options::fit(&options.data).map_err(|bytes| Error::TooLong { bytes })?;
     let (flags, data) = (options.flags, fitted.data);
     let make = || mount_with(overlay, target, "overlay", flags, &data);
-    match fitted.directory {
+    let make = || match fitted.directory {
         Some(directory) => in_directory(&directory, make),
         None => make(),
+    };
+    match maps {
+        None => make().map_err(failed("mount")),
+        Some(maps) => mapped::overlay(target, &options.data, maps, make)
+            .and_then(|tree| attach(&tree, target))
+            .map_err(failed(MOUNT_MAPPED)),
     }
-    .map_err(failed)
 }
 
 fn mount_with(
@@ -430,6 +489,66 @@ pub(super) mod tests {
         path
     }
 
+    /// Uid and gid of a file.
+    pub(in crate::host) fn owner(path: &Path) -> (u32, u32) {
+        use std::os::unix::fs::MetadataExt;
+        let metadata = fs::metadata(path).expect("stats");
+        (metadata.uid(), metadata.gid())
+    }
+
+    const MAPS: [&str; 2] = ["uidmap=0:65536:65536", "gidmap=0:70000:10"];
+
+    #[test]
+    fn mount_rootfs_with_mapped_ids_shows_lower_layers_to_other_owners() {
+        let Some(base) = private_mounts() else { return };
+        let base = base.path();
+        let layers = ["layers/with-a:colon", "layers/2"].map(|name| {
+            let layer = make(base, name);
+            fs::write(layer.join(name.rsplit('/').next().expect("a name")), "x").expect("writes");
+            layer.to_str().expect("text").replace(':', "\\:")
+        });
+        let (upper, work) = (make(base, "layers/upper"), make(base, "layers/work"));
+        std::os::unix::fs::chown(&upper, Some(65536), Some(70000)).expect("chowns");
+        let mut options = vec![
+            format!("workdir={}", work.display()),
+            format!("upperdir={}", upper.display()),
+            format!("lowerdir={}", layers.join(":")),
+        ];
+        options.extend(MAPS.map(str::to_owned));
+        let target = make(base, "target");
+        mount_rootfs(&overlay(&options), &target).expect("mounts");
+        for name in ["", "with-a:colon", "2"] {
+            assert_eq!(owner(&target.join(name)), (65536, 70000), "{name}");
+        }
+        // Copied up with the owner that it is shown with.
+        fs::write(target.join("2"), "changed").expect("writes");
+        assert_eq!(owner(&upper.join("2")), (65536, 70000));
+        // The layers themselves are as they were, with nothing mounted over them.
+        assert_eq!(owner(&base.join("layers/2/2")), (0, 0));
+        unmount_all(&target).expect("unmounts");
+        let table = fs::read_to_string("/proc/thread-self/mountinfo").expect("table");
+        assert!(!table.contains("/layers/"), "{table}");
+    }
+
+    #[test]
+    fn mount_rootfs_that_binds_with_mapped_ids_shows_it_to_other_owners() {
+        let Some(base) = private_mounts() else { return };
+        let source = make(base.path(), "source");
+        let target = make(base.path(), "target");
+        let mut mount = Mount {
+            kind: "bind".to_owned(),
+            source: source.to_str().expect("text").to_owned(),
+            target: String::new(),
+            options: MAPS.map(str::to_owned).to_vec(),
+        };
+        mount_rootfs(&RootFs::Mounts(vec![mount.clone()]), &target).expect("mounts");
+        assert_eq!(owner(&target), (65536, 70000));
+        unmount_all(&target).expect("unmounts");
+        mount.options.pop();
+        let refused = mount_rootfs(&RootFs::Mounts(vec![mount]), &target).expect_err("half a map");
+        assert!(refused.to_string().contains("need both"), "{refused}");
+    }
+
     #[test]
     fn mount_rootfs_of_120_layers_with_long_names_shows_each() {
         let Some(base) = private_mounts() else { return };
@@ -502,7 +621,7 @@ pub(super) mod tests {
         };
         assert!(refused("erofs", "ro").contains("\"erofs\""));
         assert!(refused("ext4", "loop").contains("\"loop\""));
-        assert!(refused("overlay", "uidmap=0:1:2").contains("\"uidmap=0:1:2\""));
+        assert!(refused("overlay", "uidmap=0:1:2").contains("uidmap=0:1:2,gidmap="));
         assert!(refused("bind", "size=1").contains("\"size=1\""));
     }
 }

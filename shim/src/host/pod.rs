@@ -15,7 +15,7 @@ use super::directory::{self, PodLock, PodPaths};
 use super::hooks::{self, Batch, State, Status};
 use super::install::{self, Installation, Opened};
 use super::loopback::{self, Loopback};
-use super::mounts::{self, Access, RootFs};
+use super::mounts::{self, RootFs};
 use super::netns::{self, Network};
 use super::network::{self, Scan};
 use super::record::{self, Container, Process, Record};
@@ -23,7 +23,7 @@ use super::share::{self, Share};
 use super::source::{self, News, Source};
 use super::stand_in::{self, StandIn};
 use super::vm::{self, Vm, VmRequest};
-use super::volumes::{self, Below, Followee, Placed, Volumes};
+use super::volumes::{self, Followee, Placed, Volumes, Wanted};
 use super::{cleanup, uid};
 
 pub use record::ExitRecord;
@@ -100,6 +100,7 @@ impl Error {
 fn is_refused_mount(error: &mounts::Error) -> bool {
     match error {
         mounts::Error::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
+        mounts::Error::IdMaps(_) => false,
         mounts::Error::Kind { .. }
         | mounts::Error::Option { .. }
         | mounts::Error::Target { .. }
@@ -383,18 +384,13 @@ impl HostPod {
     }
 
     /// Brings a source into the share, once per pod, with what is mounted below
-    /// it as `below` says, and tells where it is. Volumes live as long as the pod.
-    pub fn add_volume(
-        &mut self,
-        source: &Source,
-        access: Access,
-        below: Below,
-    ) -> Result<Placed, Error> {
-        Ok(self.volumes.place(source, access, below)?)
+    /// it as `wanted` says, and tells where it is. Volumes live as long as the pod.
+    pub fn add_volume(&mut self, source: &Source, wanted: &Wanted) -> Result<Placed, Error> {
+        Ok(self.volumes.place(source, wanted)?)
     }
 
     /// The directories of volumes below which mounts are followed
-    /// ([`Below::Followed`]).
+    /// ([`volumes::Below::Followed`]).
     pub fn followees(&self) -> Vec<Followee> {
         self.volumes.followees()
     }

@@ -181,7 +181,7 @@ mod tests {
     use super::*;
     use crate::host::mounts::{Access, tests::private_mounts};
     use crate::host::source::Source;
-    use crate::host::volumes::{Below, Volumes};
+    use crate::host::volumes::{Below, Volumes, Wanted};
 
     fn make(base: &Path, name: &str) -> PathBuf {
         let path = base.join(name);
@@ -235,7 +235,7 @@ mod tests {
             .expect("adds");
         let volume = Source::open(&source).expect("opens");
         Volumes::new(&path)
-            .place(&volume, Access::Writable, Below::Now)
+            .place(&volume, &Wanted::unmapped(Access::Writable, Below::Now))
             .expect("places");
         let _busy = fs::File::open(share.rootfs("c1")).expect("opens");
         remove(&path).expect("removes");

@@ -30,6 +30,7 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, open, openat2};
 use rustix::mount::{OpenTreeFlags, open_tree};
 use thiserror::Error;
 
+use super::id_maps::IdMaps;
 use super::mount_attributes;
 use super::mounts::{self, Access};
 use super::source::{self, FileId, Location, News, Part, Source};
@@ -60,6 +61,20 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// It cannot be mounted into the share with its ids mapped.
+    #[error(
+        "bind mount source {path} with mapped ids: does its file system support id-mapped mounts?"
+    )]
+    BindMapped {
+        /// As in the spec.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// No user namespace to map ids by.
+    #[error("make the user namespace that maps ids (check sysctl user.max_user_namespaces)")]
+    IdMaps(#[source] io::Error),
     /// It entered read-only and does not become writable.
     #[error("make mount source {path} writable in the pod's share")]
     MakeWritable {
@@ -80,6 +95,37 @@ pub enum Below {
     Now,
     /// Those that are there at any time (`rbind` with `rslave` or `rshared`).
     Followed,
+}
+
+/// How a container has a source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// What it may write to.
+    pub access: Access,
+    /// What comes with it.
+    pub below: Below,
+    /// Whose the files are for the guest, if not those who own them.
+    pub id_maps: Option<Mapping>,
+}
+
+/// How ids are mapped in a source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// The ids.
+    pub maps: IdMaps,
+    /// In what is mounted below it as well, as far as it is there now.
+    pub recursive: bool,
+}
+
+impl Wanted {
+    /// With the ids that its files have.
+    pub fn unmapped(access: Access, below: Below) -> Self {
+        Self {
+            access,
+            below,
+            id_maps: None,
+        }
+    }
 }
 
 /// Where a mount source is in the share.
@@ -127,6 +173,8 @@ struct Volume {
     location: Location,
     file: FileId,
     read_only: bool,
+    /// Another volume than the same files with other owners.
+    id_maps: Option<IdMaps>,
 }
 
 impl Volume {
@@ -155,6 +203,8 @@ pub(super) struct Volumes {
     next: u32,
     /// By the volume's number.
     followed: BTreeMap<u32, Followed>,
+    /// Made once for all volumes with the same maps.
+    user_namespaces: BTreeMap<IdMaps, OwnedFd>,
 }
 
 impl Volumes {
@@ -165,6 +215,7 @@ impl Volumes {
             known: Vec::new(),
             next: 0,
             followed: BTreeMap::new(),
+            user_namespaces: BTreeMap::new(),
         };
         volumes.add_share(share);
         volumes
@@ -217,13 +268,8 @@ impl Volumes {
 
     /// Brings a source into the share, as far as it is not there, and tells where,
     /// with as much of what is mounted below it as is wanted.
-    pub(super) fn place(
-        &mut self,
-        source: &Source,
-        access: Access,
-        wanted: Below,
-    ) -> Result<Placed, Error> {
-        let recursive = wanted != Below::Nothing;
+    pub(super) fn place(&mut self, source: &Source, wanted: &Wanted) -> Result<Placed, Error> {
+        let recursive = wanted.below != Below::Nothing;
         let mut is_followed = false;
         let mut below = Vec::new();
         let mut path = PathBuf::new();
@@ -236,12 +282,15 @@ impl Volumes {
                 continue;
             }
             // `ro` is for the source itself: mounts below it stay as they are.
-            let access = match access {
+            let access = match wanted.access {
                 _ if part.read_only => Access::ReadOnly,
                 Access::ReadOnly if is_mount => Access::Writable,
                 access => access,
             };
-            let placed = self.place_part(&source.path, part, access)?;
+            let mapping = wanted.id_maps.as_ref();
+            let mapping = mapping.filter(|mapping| mapping.recursive || !is_mount);
+            let id_maps = mapping.map(|mapping| &mapping.maps);
+            let placed = self.place_part(&source.path, part, access, id_maps)?;
             if is_mount {
                 below.push(PlacedBelow {
                     at: part.at.clone(),
@@ -251,7 +300,7 @@ impl Volumes {
                 });
             } else {
                 path = placed;
-                is_followed = wanted == Below::Followed && self.follow(source, access, &path);
+                is_followed = wanted.below == Below::Followed && self.follow(source, access, &path);
             }
             let hidden = |at: &Path| {
                 recursive
@@ -261,7 +310,7 @@ impl Volumes {
                             && at.starts_with(&other.at)
                     })
             };
-            below.extend(self.known_inside(&source.path, part, access, hidden)?);
+            below.extend(self.known_inside(&source.path, part, access, id_maps, hidden)?);
         }
         below.sort_by_key(|placed| placed.at.components().count());
         Ok(Placed {
@@ -321,10 +370,17 @@ impl Volumes {
         self.followed.remove(&followee.volume);
     }
 
-    fn place_part(&mut self, name: &Path, part: &Part, access: Access) -> Result<PathBuf, Error> {
+    fn place_part(
+        &mut self,
+        name: &Path,
+        part: &Part,
+        access: Access,
+        id_maps: Option<&IdMaps>,
+    ) -> Result<PathBuf, Error> {
         let writable = access == Access::Writable;
         // The innermost first: it is what others of its files are known by.
         let mut around: Vec<usize> = (0..self.known.len())
+            .filter(|&index| self.known[index].id_maps.as_ref() == id_maps)
             .filter(|&index| part.location.below(&self.known[index].location).is_some())
             .collect();
         around.sort_by_key(|&index| {
@@ -359,7 +415,7 @@ impl Volumes {
         if let Some(index) = replaced {
             self.known.remove(index);
         }
-        self.enter(name, part, access)
+        self.enter(name, part, access, id_maps)
     }
 
     /// Volumes that lie inside `part`: the guest must see them there by the mount
@@ -369,6 +425,7 @@ impl Volumes {
         name: &Path,
         part: &Part,
         access: Access,
+        id_maps: Option<&IdMaps>,
         hidden: impl Fn(&Path) -> bool,
     ) -> Result<Vec<PlacedBelow>, Error> {
         let mut inside = Vec::new();
@@ -380,6 +437,9 @@ impl Volumes {
             let Some(way) = volume.location.below(&part.location) else {
                 continue;
             };
+            if volume.id_maps.as_ref() != id_maps {
+                continue;
+            }
             let at = part.at.join(way);
             let is_there = || find_below(&part.opened, way) == Some(volume.file);
             if way.as_os_str().is_empty() || hidden(&at) || !is_there() {
@@ -402,14 +462,26 @@ impl Volumes {
     ///
     /// Access is denied here and not in the guest only: a guest that was taken
     /// over would ask the file server directly.
-    fn enter(&mut self, name: &Path, part: &Part, access: Access) -> Result<PathBuf, Error> {
+    fn enter(
+        &mut self,
+        name: &Path,
+        part: &Part,
+        access: Access,
+        id_maps: Option<&IdMaps>,
+    ) -> Result<PathBuf, Error> {
+        if let Some(maps) = id_maps {
+            self.make_user_namespace(maps)?;
+        }
         let volume = Volume {
             place: self.place_for(part),
             number: self.next,
             location: part.location.clone(),
             file: part.file,
             read_only: access != Access::Writable,
+            id_maps: id_maps.cloned(),
         };
+        let maps = id_maps.and_then(|maps| self.user_namespaces.get(maps));
+        let maps = maps.map(OwnedFd::as_fd);
         let target = self.places[volume.place].path.join(volume.in_share());
         let made = if part.is_directory {
             fs::create_dir(&target)
@@ -421,21 +493,30 @@ impl Volumes {
             path: target.clone(),
             source,
         })?;
-        if let Err(errno) = mounts::attach_copy(&part.opened, &target, false, access) {
+        if let Err(errno) = mounts::attach_copy(&part.opened, &target, false, access, maps) {
             let _ = if part.is_directory {
                 fs::remove_dir(&target)
             } else {
                 fs::remove_file(&target)
             };
-            return Err(Error::Bind {
-                path: name.to_owned(),
-                source: errno.into(),
+            let (path, source) = (name.to_owned(), errno.into());
+            return Err(match maps {
+                Some(_) => Error::BindMapped { path, source },
+                None => Error::Bind { path, source },
             });
         }
         self.next += 1;
         let path = volume.path();
         self.known.push(volume);
         Ok(path)
+    }
+
+    fn make_user_namespace(&mut self, maps: &IdMaps) -> Result<(), Error> {
+        if !self.user_namespaces.contains_key(maps) {
+            let namespace = maps.namespace().map_err(Error::IdMaps)?;
+            self.user_namespaces.insert(maps.clone(), namespace);
+        }
+        Ok(())
     }
 
     /// A container that may write has come. The mount stays the one that it is, or

@@ -17,14 +17,13 @@ use crate::host::directory::{PodLock, PodPaths};
 use crate::host::hooks::{self, Batch};
 use crate::host::install::Installation;
 use crate::host::loopback::Loopback;
-use crate::host::mounts::Access;
 use crate::host::netns::Network;
 use crate::host::network::Scan;
 use crate::host::pod::{ContainerRequest, Error, ExitRecord, HostPod};
 use crate::host::source::{News, Source};
 use crate::host::stand_in::StandIn;
 use crate::host::vm::VmRequest;
-use crate::host::volumes::{Below, Followee, Placed};
+use crate::host::volumes::{Followee, Placed, Wanted};
 
 /// The host's part of a pod. Everything blocks; errors are the host's own.
 pub trait HostSide: Send + 'static {
@@ -49,12 +48,7 @@ pub trait HostSide: Send + 'static {
     /// [`HostPod::add_container`].
     fn add_container(&mut self, request: ContainerRequest) -> Result<PathBuf, Error>;
     /// [`HostPod::add_volume`].
-    fn add_volume(
-        &mut self,
-        source: &Source,
-        access: Access,
-        below: Below,
-    ) -> Result<Placed, Error>;
+    fn add_volume(&mut self, source: &Source, wanted: &Wanted) -> Result<Placed, Error>;
     /// [`HostPod::followees`].
     fn followees(&mut self) -> Vec<Followee>;
     /// [`HostPod::update_mounts`].
@@ -159,13 +153,8 @@ impl HostSide for Real {
         self.pod.add_container(request)
     }
 
-    fn add_volume(
-        &mut self,
-        source: &Source,
-        access: Access,
-        below: Below,
-    ) -> Result<Placed, Error> {
-        self.pod.add_volume(source, access, below)
+    fn add_volume(&mut self, source: &Source, wanted: &Wanted) -> Result<Placed, Error> {
+        self.pod.add_volume(source, wanted)
     }
 
     fn followees(&mut self) -> Vec<Followee> {

@@ -9,9 +9,8 @@ use tokio::time::timeout;
 use super::Error;
 use super::host_side::HostSide;
 use crate::host;
-use crate::host::mounts::Access;
 use crate::host::source::{self, Source};
-use crate::host::volumes::{Below, Placed};
+use crate::host::volumes::{Placed, Wanted};
 use crate::spec::{IntoJsonError, Volumes};
 
 /// How long the server of a volume's file system may take to show the volume.
@@ -55,11 +54,11 @@ pub(super) struct PodVolumes<'a> {
 impl Volumes for PodVolumes<'_> {
     type Error = host::pod::Error;
 
-    fn add(&mut self, source: &Path, access: Access, below: Below) -> Result<Placed, Self::Error> {
+    fn add(&mut self, source: &Path, wanted: &Wanted) -> Result<Placed, Self::Error> {
         let Some(opened) = self.opened.get(source) else {
             let path = source.to_owned();
             return Err(source::Error::Silent { path }.into());
         };
-        self.host.add_volume(opened, access, below)
+        self.host.add_volume(opened, wanted)
     }
 }

@@ -1,13 +1,18 @@
 //! Bind mounts: what of the host they name, and what the guest makes of them.
 
+mod id_maps;
+
 use std::path::{Path, PathBuf};
 
 use agent_protocol::{POD_DIR, SHARE_DIR};
 use serde_json::{Value, json};
 
 use super::{Error, IntoJsonError, text};
+use crate::host::id_maps::IdMaps;
 use crate::host::mounts::Access;
-use crate::host::volumes::{Below, Placed, PlacedBelow};
+use crate::host::volumes::{Below, Placed, PlacedBelow, Wanted};
+
+pub(super) use id_maps::of_container as id_maps_of_container;
 
 /// Brings files and directories of the host into the share.
 ///
@@ -15,9 +20,9 @@ use crate::host::volumes::{Below, Placed, PlacedBelow};
 pub trait Volumes {
     /// Why a source cannot be shared.
     type Error;
-    /// Shares `source`, with as much of what is mounted below it as is wanted, as
-    /// far as the pod does not have it yet; tells where it is.
-    fn add(&mut self, source: &Path, access: Access, wanted: Below) -> Result<Placed, Self::Error>;
+    /// Shares `source` as it is wanted, as far as the pod does not have it yet; tells
+    /// where it is.
+    fn add(&mut self, source: &Path, wanted: &Wanted) -> Result<Placed, Self::Error>;
 }
 
 /// Whether one of `mounts` follows what is mounted on the host below its source.
@@ -39,11 +44,20 @@ pub(super) fn sources(mounts: &Value, shm_source: Option<&Path>) -> Vec<(usize, 
         .collect()
 }
 
+/// What the binds of a container have in common.
+#[derive(Clone, Copy)]
+pub(super) struct Container<'a> {
+    /// The host's `/dev/shm` of the pod, which the guest replaces by its own.
+    pub(super) shm_source: Option<&'a Path>,
+    /// Of its user namespace.
+    pub(super) id_maps: Option<&'a IdMaps>,
+}
+
 /// Rewrites `mounts[index]` for the guest, and adds what belongs below it.
 pub(super) fn rewrite<V: Volumes>(
     mut mount: Value,
     index: usize,
-    shm_source: Option<&Path>,
+    container: Container<'_>,
     volumes: &mut V,
     rewritten: &mut Vec<Value>,
 ) -> Result<(), IntoJsonError<V::Error>> {
@@ -59,13 +73,18 @@ pub(super) fn rewrite<V: Volumes>(
         )
         .into());
     }
-    if is_shm(&mount, shm_source) {
+    if is_shm(&mount, container.shm_source) {
         mount["source"] = json!(format!("{POD_DIR}/shm"));
         rewritten.push(mount);
         return Ok(());
     }
+    let wanted = Wanted {
+        id_maps: id_maps::take(&mut mount, container.id_maps),
+        access: access(&mount),
+        below: wanted_below(&mount),
+    };
     let placed = volumes
-        .add(&source, access(&mount), wanted_below(&mount))
+        .add(&source, &wanted)
         .map_err(|error| IntoJsonError::Volume {
             index,
             path: source.clone(),

@@ -62,10 +62,13 @@ impl Namespaces {
                 }
                 ("pid", Some(path)) => namespace["path"] = json!(place.of_pid(&path, &field)?),
                 ("pid", None) => found.own_pid = true,
-                // The sandbox runs nowhere. Each container gets a user
-                // namespace of its own, in which the same mappings, which
-                // its configuration has too, make it the same users.
-                ("user", Some(path)) if place.is_sandbox(&path) => {
+                // The sandbox runs nowhere, whatever namespace CRI has made for it.
+                // Each container gets a user namespace of its own, in which the
+                // same mappings, which its configuration has too, make it the same
+                // users.
+                ("user", Some(path))
+                    if *membership == Membership::Sandbox || place.is_sandbox(&path) =>
+                {
                     if let Some(namespace) = namespace.as_object_mut() {
                         namespace.remove("path");
                     }

@@ -113,6 +113,7 @@ impl GuestSpec {
         if let Some(linux) = self.spec.get_mut("linux").and_then(Value::as_object_mut) {
             linux.insert("cgroupsPath".to_owned(), json!(self.container_id));
         }
+        let id_maps = binds::id_maps_of_container(&self.spec);
         if let Some(mounts) = self
             .spec
             .get_mut("mounts")
@@ -122,9 +123,12 @@ impl GuestSpec {
                 return Err(Error::field("mounts", "is not a list").into());
             };
             let mut rewritten = Vec::with_capacity(asked.len());
-            let shm_source = self.shm_source.as_deref();
+            let container = binds::Container {
+                shm_source: self.shm_source.as_deref(),
+                id_maps: id_maps.as_ref(),
+            };
             for (index, mount) in asked.into_iter().enumerate() {
-                binds::rewrite(mount, index, shm_source, volumes, &mut rewritten)?;
+                binds::rewrite(mount, index, container, volumes, &mut rewritten)?;
             }
             *mounts = Value::Array(rewritten);
         }

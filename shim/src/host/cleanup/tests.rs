@@ -25,7 +25,7 @@ use crate::host::pod::{ContainerHooks, ContainerRequest, HostPod};
 use crate::host::source::Source;
 use crate::host::stand_in;
 use crate::host::vm::VmRequest;
-use crate::host::volumes::Below;
+use crate::host::volumes::{Below, Wanted};
 
 /// Which part the process plays, and where.
 const ROLE: &str = "BULKHEAD_TEST_ROLE";
@@ -174,7 +174,7 @@ fn play_shim(scene: &Scene) {
         hooks.run_until_failure().expect("run");
     }
     let volume = Source::open(&scene.base.join("rootfs")).expect("opens");
-    host.add_volume(&volume, Access::ReadOnly, Below::Now)
+    host.add_volume(&volume, &Wanted::unmapped(Access::ReadOnly, Below::Now))
         .expect("adds");
     let exit = ExitRecord {
         status: 7,

@@ -1,4 +1,4 @@
-//! The one `clone3` of the jail.
+//! The one `clone3` of the shim.
 #![expect(
     unsafe_code,
     reason = "clone3 with CLONE_INTO_CGROUP and CLONE_PIDFD has no safe wrapper"
@@ -30,17 +30,36 @@ pub(super) fn clone_into(
         | libc::CLONE_NEWCGROUP
         | optional(own.network, libc::CLONE_NEWNET)
         | optional(own.pids, libc::CLONE_NEWPID);
+    // SAFETY: the child goes on to its program with what `launch` prepared for it,
+    // which the copied memory holds.
+    match unsafe { clone_child(namespaces, Some(cgroup)) }? {
+        Some(jailed) => Ok(jailed),
+        // SAFETY: this is the new process, and its signals are blocked.
+        None => unsafe { become_program(plan) },
+    }
+}
+
+/// Makes a process in new `namespaces`, and in `cgroup` from birth. `None` in the
+/// child, with every signal blocked: it cannot run one of this program's handlers on
+/// its copy of the memory.
+///
+/// # Safety
+/// As after `fork(2)` in a program with threads, the child may do only what
+/// signal-safety(7) allows, and never returns.
+pub(in crate::host) unsafe fn clone_child(
+    namespaces: libc::c_int,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> io::Result<Option<Jailed>> {
     let mut pidfd: RawFd = -1;
     // SAFETY: all-zero is a valid clone_args: no stack, no TLS, no tid pointers.
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags =
-        u64::from((namespaces | libc::CLONE_PIDFD).cast_unsigned()) | CLONE_INTO_CGROUP;
+    arguments.flags = u64::from((namespaces | libc::CLONE_PIDFD).cast_unsigned());
     arguments.pidfd = (&raw mut pidfd) as u64;
     arguments.exit_signal = libc::SIGCHLD as u64;
-    arguments.cgroup = u64::from(cgroup.as_raw_fd().cast_unsigned());
-
-    // With every signal blocked the child cannot run one of this program's
-    // handlers on its copy of the memory.
+    if let Some(cgroup) = cgroup {
+        arguments.flags |= CLONE_INTO_CGROUP;
+        arguments.cgroup = u64::from(cgroup.as_raw_fd().cast_unsigned());
+    }
     let blocked = Blocked::all()?;
     // SAFETY: without CLONE_VM the child gets its own copy of the memory, as
     // after fork(2); arguments and pidfd outlive the call.
@@ -53,20 +72,19 @@ pub(super) fn clone_into(
     };
     let failed = io::Error::last_os_error();
     if pid == 0 {
-        // SAFETY: this is the new process, its signals are blocked, and
-        // `launch` prepared the plan, which the copied memory holds.
-        unsafe { become_program(plan) }
+        std::mem::forget(blocked);
+        return Ok(None);
     }
     drop(blocked);
     let Ok(pid) = u32::try_from(pid) else {
         return Err(failed);
     };
-    Ok(Jailed {
+    Ok(Some(Jailed {
         pid,
         // SAFETY: clone3 succeeded, so with CLONE_PIDFD it stored a descriptor
         // that nothing else owns.
         pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
-    })
+    }))
 }
 
 /// `CLONE_INTO_CGROUP` of linux/sched.h; libc has it as a truncated `c_int`.

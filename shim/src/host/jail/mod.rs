@@ -31,6 +31,7 @@ use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use thiserror::Error;
 
 pub use capability::{Capabilities, Capability};
+pub(super) use clone::clone_child;
 pub(super) use root::most_open_files;
 pub use step::Step;
 

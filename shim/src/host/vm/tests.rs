@@ -14,7 +14,7 @@ use crate::host::mounts::tests::private_mounts;
 use crate::host::mounts::{Access, RootFs};
 use crate::host::share::Share;
 use crate::host::source::Source;
-use crate::host::volumes::{Below, Volumes};
+use crate::host::volumes::{Below, Volumes, Wanted};
 
 struct Cgroup(PathBuf);
 
@@ -128,7 +128,9 @@ fn start_of_the_file_server_jails_it_and_shows_later_mounts() {
         (Access::ReadOnly, " /volumes/0 ro,"),
         (Access::Writable, " /volumes/0 rw,"),
     ] {
-        volumes.place(&volume, access, Below::Now).expect("places");
+        volumes
+            .place(&volume, &Wanted::unmapped(access, Below::Now))
+            .expect("places");
         let table = fs::read_to_string(format!("/proc/{}/mountinfo", server.pid()));
         let table = table.expect("table");
         assert!(

@@ -1,5 +1,5 @@
 use super::*;
-use crate::host::mounts::tests::{bind_mount, private_mounts, tmpfs_at};
+use crate::host::mounts::tests::{bind_mount, owner, private_mounts, tmpfs_at};
 use crate::host::share::Share;
 
 use Access::{ReadOnly, ReadOnlyThroughout, Writable};
@@ -30,7 +30,7 @@ impl Scene {
     fn place(&mut self, name: &str, access: Access) -> Placed {
         let source = Source::open(&self.at(name)).expect("opens");
         self.volumes
-            .place(&source, access, Below::Now)
+            .place(&source, &Wanted::unmapped(access, Below::Now))
             .expect("places")
     }
 
@@ -55,6 +55,38 @@ fn below(at: &str, path: &str, is_mount: bool) -> PlacedBelow {
         read_only: false,
         is_mount,
     }
+}
+
+#[test]
+fn place_with_mapped_ids_is_another_volume_than_without() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let source = scene.make("volume");
+    scene.make("volume/sub");
+    let mut place = |path: &Path, maps: Option<&str>| {
+        let id_maps = maps.map(|maps| Mapping {
+            maps: IdMaps::of_options(maps, maps).expect("maps"),
+            recursive: false,
+        });
+        let wanted = Wanted {
+            id_maps,
+            ..Wanted::unmapped(Writable, Below::Nothing)
+        };
+        let source = Source::open(path).expect("opens");
+        scene.volumes.place(&source, &wanted).expect("places").path
+    };
+    let plain = place(&source, None);
+    let mapped = place(&source, Some("0:65536:65536"));
+    assert_ne!(plain, mapped);
+    assert_eq!(place(&source, Some("0:65536:65536")), mapped);
+    assert_ne!(place(&source, Some("0:100000:65536")), mapped);
+    let sub = place(&source.join("sub"), Some("0:65536:65536"));
+    assert_eq!(sub, mapped.join("sub"));
+    let share = scene.at("share");
+    let owner = |path: &Path| owner(&share.join(path));
+    assert_eq!(owner(&plain), (0, 0));
+    assert_eq!(owner(&mapped), (65536, 65536));
 }
 
 #[test]
@@ -171,7 +203,7 @@ fn place_with_mounts_below_makes_each_a_volume() {
     let source = Source::open(&scene.at("volume")).expect("opens");
     let alone = scene
         .volumes
-        .place(&source, ReadOnly, Below::Nothing)
+        .place(&source, &Wanted::unmapped(ReadOnly, Below::Nothing))
         .expect("places");
     assert_eq!(alone.below, []);
 }
@@ -250,7 +282,9 @@ fn place_of_a_remote_file_system_has_a_share_of_its_own_as_far_as_there_are_any(
         let mut path = |name: &str| {
             let mut source = Source::open(&scene.at(name)).expect("opens");
             source.parts[0].is_remote = true;
-            let placed = scene.volumes.place(&source, Writable, Below::Now);
+            let placed = scene
+                .volumes
+                .place(&source, &Wanted::unmapped(Writable, Below::Now));
             placed.expect("places").path.display().to_string()
         };
         let whole = path(name);
@@ -276,7 +310,9 @@ fn place_followed_has_the_mounts_that_the_host_has() {
     tmpfs_at(&scene.at("volume/early"));
     fs::write(scene.at("volume/early/file"), "x").expect("writes");
     let source = Source::open(&scene.at("volume")).expect("opens");
-    let placed = scene.volumes.place(&source, Writable, Below::Followed);
+    let placed = scene
+        .volumes
+        .place(&source, &Wanted::unmapped(Writable, Below::Followed));
     assert_eq!(placed.expect("places").below, []);
     let in_share = |scene: &Scene, name: &str| {
         let path = scene.at("share/volumes/0").join(name);
@@ -319,7 +355,9 @@ fn place_followed_that_becomes_writable_has_writable_mounts() {
     tmpfs_at(&scene.at("volume/below"));
     for (access, written) in [(ReadOnly, REFUSED), (Writable, Ok(()))] {
         let source = Source::open(&scene.at("volume")).expect("opens");
-        let placed = scene.volumes.place(&source, access, Below::Followed);
+        let placed = scene
+            .volumes
+            .place(&source, &Wanted::unmapped(access, Below::Followed));
         assert_eq!(placed.expect("places").path, Path::new("volumes/0"));
         assert_eq!(scene.write(Path::new("volumes/0/below")), written);
     }
@@ -334,7 +372,9 @@ fn place_followed_another_mount_of_the_same_identity_takes_its_place() {
     tmpfs_at(&scene.at("volume/below"));
     fs::write(scene.at("volume/below/old"), "x").expect("writes");
     let source = Source::open(&scene.at("volume")).expect("opens");
-    let placed = scene.volumes.place(&source, Writable, Below::Followed);
+    let placed = scene
+        .volumes
+        .place(&source, &Wanted::unmapped(Writable, Below::Followed));
     placed.expect("places");
     // The kernel gives an identity that is free to the next mount.
     mounts::unmount_all(&scene.at("volume/below")).expect("unmounts");
@@ -356,14 +396,18 @@ fn place_followed_within_another_volume_or_of_a_share_is_not_followed() {
     tmpfs_at(&scene.at("volume/sub/below"));
     scene.place("volume", Writable);
     let source = Source::open(&scene.at("volume/sub")).expect("opens");
-    let placed = scene.volumes.place(&source, Writable, Below::Followed);
+    let placed = scene
+        .volumes
+        .place(&source, &Wanted::unmapped(Writable, Below::Followed));
     // Its name may change under our hands: what is there now comes as ever.
     assert_eq!(placed.expect("places").below.len(), 1);
     assert_eq!(scene.volumes.followees().len(), 0);
 
     // All of the host, with the share in it.
     let source = Source::open(scene.base.path()).expect("opens");
-    let placed = scene.volumes.place(&source, Writable, Below::Followed);
+    let placed = scene
+        .volumes
+        .place(&source, &Wanted::unmapped(Writable, Below::Followed));
     placed.expect("places");
     let followee = scene.volumes.followees().remove(0);
     assert!(
@@ -385,7 +429,9 @@ fn place_followed_a_link_of_the_guests_leads_nowhere() {
     scene.make("volume/a/late");
     scene.make("victim/late");
     let source = Source::open(&scene.at("volume")).expect("opens");
-    let placed = scene.volumes.place(&source, Writable, Below::Followed);
+    let placed = scene
+        .volumes
+        .place(&source, &Wanted::unmapped(Writable, Below::Followed));
     placed.expect("places");
     tmpfs_at(&scene.at("volume/a/late"));
     fs::write(scene.at("volume/a/late/file"), "x").expect("writes");

@@ -11,14 +11,13 @@ use agent_protocol::rtnetlink::Rtnetlink;
 use super::guest::{Guest, name};
 use crate::host::hooks::{self, Batch, State, Status};
 use crate::host::loopback::Loopback;
-use crate::host::mounts::Access;
 use crate::host::netns::Network;
 use crate::host::network::{Scan, Tables};
 use crate::host::pod::{
     ContainerHooks, ContainerRequest, Error as HostError, ExitRecord, OrderError,
 };
 use crate::host::source::{News, Source};
-use crate::host::volumes::{Below, Followee, Placed};
+use crate::host::volumes::{Followee, Placed, Wanted};
 use crate::pod::host_side::{HostSide, StartError};
 use crate::pod::machine::Machine;
 use crate::pod::size::Size;
@@ -128,7 +127,7 @@ impl HostSide for FakeHost {
 
     fn update_mounts(&mut self, _: &Followee, _: Option<News>) {}
 
-    fn add_volume(&mut self, _: &Source, _: Access, _: Below) -> Result<Placed, HostError> {
+    fn add_volume(&mut self, _: &Source, _: &Wanted) -> Result<Placed, HostError> {
         self.note("volume");
         Ok(Placed {
             path: "volumes/0".into(),

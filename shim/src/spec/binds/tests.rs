@@ -3,7 +3,7 @@ use std::convert::Infallible;
 use super::*;
 
 /// Answers every request with the same, and remembers it.
-struct Fixed(Placed, Vec<(PathBuf, Access, Below)>);
+struct Fixed(Placed, Vec<(PathBuf, Wanted)>);
 
 impl Fixed {
     fn new(below: &[PlacedBelow]) -> Self {
@@ -19,11 +19,16 @@ impl Fixed {
 impl Volumes for Fixed {
     type Error = Infallible;
 
-    fn add(&mut self, source: &Path, access: Access, wanted: Below) -> Result<Placed, Infallible> {
-        self.1.push((source.to_owned(), access, wanted));
+    fn add(&mut self, source: &Path, wanted: &Wanted) -> Result<Placed, Infallible> {
+        self.1.push((source.to_owned(), wanted.clone()));
         Ok(self.0.clone())
     }
 }
+
+const CONTAINER: Container<'_> = Container {
+    shm_source: None,
+    id_maps: None,
+};
 
 fn bind(options: &[&str]) -> Value {
     json!({"destination": "/d", "type": "bind", "source": "/host/a", "options": options})
@@ -31,7 +36,7 @@ fn bind(options: &[&str]) -> Value {
 
 fn rewritten(mount: Value, volumes: &mut Fixed) -> Vec<Value> {
     let mut mounts = Vec::new();
-    rewrite(mount, 0, None, volumes, &mut mounts).expect("rewrites");
+    rewrite(mount, 0, CONTAINER, volumes, &mut mounts).expect("rewrites");
     mounts
 }
 
@@ -65,7 +70,8 @@ fn rewrite_asks_for_the_access_that_the_options_say() {
     ] {
         let mut volumes = Fixed::new(&[]);
         rewritten(bind(options), &mut volumes);
-        assert_eq!(volumes.1, [("/host/a".into(), access, wanted)]);
+        let wanted = Wanted::unmapped(access, wanted);
+        assert_eq!(volumes.1, [("/host/a".into(), wanted)]);
     }
 }
 
@@ -131,4 +137,41 @@ fn sources_are_the_binds_but_the_pods_shm() {
     assert_eq!(sources(&mounts, Some(shm)), [(2, "/host/a".into())]);
     assert_eq!(sources(&mounts, None).len(), 2);
     assert_eq!(sources(&json!("no list"), None), []);
+}
+
+#[test]
+fn rewrite_with_mappings_has_the_host_map_the_ids() {
+    let mapping = json!([{"containerID": 0, "hostID": 65536, "size": 65536}]);
+    let container = IdMaps::of_options("0:1000:10", "0:1000:10").expect("maps");
+    let container = Container {
+        shm_source: None,
+        id_maps: Some(&container),
+    };
+    let asked = |mount: Value| {
+        let (mut volumes, mut mounts) = (Fixed::new(&[]), Vec::new());
+        rewrite(mount, 0, container, &mut volumes, &mut mounts).expect("rewrites");
+        let asked = volumes.1.remove(0).1.id_maps;
+        (asked, mounts.remove(0))
+    };
+    let mut mount = bind(&["rbind", "ro"]);
+    mount["uidMappings"] = mapping.clone();
+    mount["gidMappings"] = mapping;
+    let (mapped, guest) = asked(mount.clone());
+    let own = IdMaps::of_options("0:65536:65536", "0:65536:65536").expect("maps");
+    assert_eq!(
+        mapped.map(|mapped| (mapped.maps, mapped.recursive)),
+        Some((own, false))
+    );
+    assert_eq!(guest.get("uidMappings").or(guest.get("gidMappings")), None);
+
+    let (mapped, guest) = asked(bind(&["rbind", "ridmap", "ro"]));
+    assert!(
+        mapped.is_some_and(|mapped| mapped.recursive && Some(&mapped.maps) == container.id_maps)
+    );
+    assert_eq!(guest["options"], json!(["rbind", "ro"]));
+
+    // No map: the guest's to refuse.
+    mount["uidMappings"] = json!([{"containerID": 0, "hostID": 0, "size": 0}]);
+    let (mapped, guest) = asked(mount);
+    assert!(mapped.is_none() && guest.get("uidMappings").is_some());
 }

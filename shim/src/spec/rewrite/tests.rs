@@ -3,8 +3,7 @@ use std::convert::Infallible;
 use proptest::prelude::*;
 
 use super::*;
-use crate::host::mounts::Access;
-use crate::host::volumes::{Below, Placed};
+use crate::host::volumes::{Placed, Wanted};
 use agent_protocol::POD_DIR;
 
 /// Numbers the sources.
@@ -14,7 +13,7 @@ struct Counted(Vec<PathBuf>);
 impl Volumes for Counted {
     type Error = Infallible;
 
-    fn add(&mut self, source: &Path, _: Access, _: Below) -> Result<Placed, Infallible> {
+    fn add(&mut self, source: &Path, _: &Wanted) -> Result<Placed, Infallible> {
         let known = self.0.iter().position(|known| known == source);
         let number = known.unwrap_or_else(|| {
             self.0.push(source.to_owned());
