@@ -10,6 +10,7 @@ mod entropy;
 mod forward;
 mod guest;
 mod kernel_calls;
+mod namespaces;
 mod network;
 mod nonblocking;
 mod pid_namespaces;
@@ -24,6 +25,7 @@ mod sysctls;
 
 use std::{
     env,
+    ffi::OsStr,
     fs::File,
     io,
     os::fd::{AsFd, RawFd},
@@ -60,11 +62,11 @@ const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
 
 fn main() -> Result<()> {
     let mut arguments = env::args_os();
-    if arguments
-        .next()
-        .is_some_and(|name| name == pid_namespaces::POD_INIT)
-    {
-        pid_namespaces::pod_init_main();
+    match arguments.next().as_deref().and_then(OsStr::to_str) {
+        Some(pid_namespaces::POD_INIT) => pid_namespaces::pod_init_main(),
+        Some(pid_namespaces::POD_INIT_MAKER) => pid_namespaces::pod_init_maker_main(),
+        Some(namespaces::MAKER) => namespaces::maker_main(),
+        _ => {}
     }
     if arguments
         .next()

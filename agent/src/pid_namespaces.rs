@@ -13,23 +13,28 @@ use std::{
     thread,
 };
 
-use agent_protocol::{PID_NAMESPACES_DIR, POD_DIR, POD_PID_NAMESPACE};
+use agent_protocol::{PID_NAMESPACES_DIR, POD_PID_NAMESPACE, POD_USER_NAMESPACE};
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, setns, unshare},
-    sys::prctl,
+    sys::{
+        prctl,
+        signal::{Signal, kill},
+    },
     unistd::{
-        Gid, Uid, chdir, dup2_stderr, dup2_stdout, pause, pivot_root, setgroups, setresgid,
+        Gid, Pid, Uid, chdir, dup2_stderr, dup2_stdout, pause, pivot_root, setgroups, setresgid,
         setresuid,
     },
 };
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
-use crate::kernel_calls::forget_children;
+use crate::{kernel_calls::forget_children, namespaces};
 
 /// Name by which the agent's binary is executed as the init of the pod's PID
 /// namespace (`argv[0]`), and by which containers see it.
 pub const POD_INIT: &str = "pod-init";
+/// The same of what makes it in a user namespace.
+pub const POD_INIT_MAKER: &str = "pod-init-maker";
 /// Nobody, in no user's way: no container's files are this user's by accident.
 const POD_INIT_ID: u32 = 65_535;
 /// What it says once containers may see it.
@@ -84,8 +89,11 @@ impl PidNamespaces {
     pub fn hold_pod(&self) -> io::Result<()> {
         let mut there = self.pod.lock().unwrap_or_else(PoisonError::into_inner);
         if !*there {
-            let mut init = spawn_pod_init()?;
-            hold(init.id(), Path::new(POD_PID_NAMESPACE)).inspect_err(|_| drop(init.kill()))?;
+            let init = spawn_pod_init()?;
+            hold(init, Path::new(POD_PID_NAMESPACE)).inspect_err(|_| {
+                let init = Pid::from_raw(init.cast_signed());
+                let _ = kill(init, Signal::SIGKILL);
+            })?;
             *there = true;
         }
         Ok(())
@@ -135,30 +143,16 @@ fn hold(process: u32, place: &Path) -> io::Result<()> {
     })
 }
 
-/// Executes the agent's binary as the first process of a new PID namespace, in
-/// the pod's other ones; returns once it is what containers may see. In a thread of
-/// its own, which alone enters them and ends. The agent reaps it, as every process.
-fn spawn_pod_init() -> io::Result<Child> {
+/// Makes a PID namespace with an init in it; returns its pid once it is what
+/// containers may see. In a thread of its own, which alone enters the pod's
+/// namespaces and ends. The agent reaps it, as every process.
+fn spawn_pod_init() -> io::Result<u32> {
     let in_thread = || {
-        for name in ["net", "ipc", "uts"] {
-            let namespace = File::open(Path::new(POD_DIR).join("ns").join(name))?;
-            setns(&namespace, CloneFlags::empty())?;
-        }
-        unshare(CloneFlags::CLONE_NEWPID)?;
-        let mut init = Command::new("/proc/self/exe")
-            .arg0(POD_INIT)
-            .env_clear()
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let mut told = String::new();
-        if let Some(mut output) = init.stdout.take() {
-            output.read_to_string(&mut told)?;
-        }
-        match told.as_str() {
-            READY => Ok(init),
-            "" => Err(io::Error::other(format!("{POD_INIT} ended too early"))),
-            error => Err(io::Error::other(format!("{POD_INIT}: {error}"))),
+        namespaces::join_shared()?;
+        if Path::new(POD_USER_NAMESPACE).exists() {
+            spawn_in_user_namespace()
+        } else {
+            spawn_in_new_namespace()
         }
     };
     let thread = thread::Builder::new()
@@ -166,6 +160,64 @@ fn spawn_pod_init() -> io::Result<Child> {
         .spawn(in_thread)?;
     let ended = thread.join();
     ended.map_err(|_| io::Error::other("the thread panicked"))?
+}
+
+/// Executes the agent's binary as the first process of a new PID namespace.
+fn spawn_in_new_namespace() -> io::Result<u32> {
+    unshare(CloneFlags::CLONE_NEWPID)?;
+    let mut init = this_program_as(POD_INIT).stdout(Stdio::piped()).spawn()?;
+    expect_ready(&mut init)?;
+    Ok(init.id())
+}
+
+/// The same by a process of one thread, which can enter a user namespace.
+fn spawn_in_user_namespace() -> io::Result<u32> {
+    let mut maker = this_program_as(POD_INIT_MAKER)
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let told = expect_ready(&mut maker)?;
+    let pid = told.trim().parse();
+    pid.map_err(|_| io::Error::other(format!("{POD_INIT_MAKER} told no pid: {told}")))
+}
+
+fn this_program_as(name: &str) -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0(name).env_clear().stdin(Stdio::null());
+    command
+}
+
+/// What it tells beyond that it is ready.
+fn expect_ready(child: &mut Child) -> io::Result<String> {
+    let mut told = String::new();
+    if let Some(mut output) = child.stdout.take() {
+        output.read_to_string(&mut told)?;
+    }
+    match told.strip_prefix(READY) {
+        Some(rest) => Ok(rest.to_owned()),
+        None if told.is_empty() => Err(io::Error::other(format!("{POD_INIT} ended too early"))),
+        None => Err(io::Error::other(format!("{POD_INIT}: {told}"))),
+    }
+}
+
+/// What the agent's binary is to make the init of a pod with a user namespace.
+pub fn pod_init_maker_main() -> ! {
+    let made = File::open(POD_USER_NAMESPACE)
+        .and_then(|user| Ok(setns(&user, CloneFlags::CLONE_NEWUSER)?))
+        .and_then(|()| Ok(become_user(0)?))
+        .and_then(|()| spawn_in_new_namespace());
+    match &made {
+        Ok(pid) => print!("{READY} {pid}"),
+        Err(error) => print!("{error}"),
+    }
+    let _ = io::stdout().flush();
+    std::process::exit(i32::from(made.is_err()))
+}
+
+fn become_user(id: u32) -> nix::Result<()> {
+    setgroups(&[])?;
+    let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
+    setresgid(gid, gid, gid)?;
+    setresuid(uid, uid, uid)
 }
 
 /// What the agent's binary is as the pod's init: it takes in the orphans of the
@@ -206,10 +258,11 @@ fn become_pod_init() -> io::Result<File> {
     // Or it would be called what its path was.
     prctl::set_name(c"pod-init")?;
     prctl::set_no_new_privs()?;
-    setgroups(&[])?;
-    let (uid, gid) = (Uid::from_raw(POD_INIT_ID), Gid::from_raw(POD_INIT_ID));
-    setresgid(gid, gid, gid)?;
-    setresuid(uid, uid, uid)?;
+    become_user(POD_INIT_ID).map_err(|errno| {
+        io::Error::other(format!(
+            "become user {POD_INIT_ID} (does the pod map it?): {errno}"
+        ))
+    })?;
     prctl::set_dumpable(false)?;
     Ok(null)
 }

@@ -1,5 +1,5 @@
-//! What the containers of the pod share: the share's mount, `/dev/shm`, and the
-//! network, IPC and UTS namespaces, which are never the agent's own.
+//! What the containers of the pod share: the share's mount, `/dev/shm`, and
+//! namespaces, which are never the agent's own.
 
 use std::{
     collections::BTreeSet,
@@ -16,12 +16,11 @@ use agent_protocol::{POD_DIR, REMOTE_DIR, SHARE_DIR, api::CreatePodRequest};
 use nix::{
     errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
-    sched::{CloneFlags, unshare},
-    unistd::{sethostname, syncfs},
+    unistd::syncfs,
 };
 use thiserror::Error;
 
-use crate::kernel_calls::set_interface_up;
+use crate::namespaces;
 
 const DEFAULT_SHM_BYTES: u64 = 64 * 1024 * 1024;
 /// How long the server of a remote volume may take to write what it was given.
@@ -100,7 +99,7 @@ pub fn create(request: &CreatePodRequest) -> Result<(), PodError> {
         MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
         &format!("mode=1777,size={shm_bytes}"),
     )?;
-    create_namespaces(request.hostname.clone())
+    namespaces::create(request.hostname.clone(), request.user_namespace.as_ref())
 }
 
 fn mount_at(
@@ -118,51 +117,6 @@ fn mount_at(
     fs::create_dir_all(target).map_err(failed)?;
     mount(Some(source), target, Some(fstype), flags, Some(options))
         .map_err(|errno| failed(errno.into()))
-}
-
-/// Makes the namespaces in a thread of their own, whose end leaves only the
-/// bind mounts that hold them.
-fn create_namespaces(hostname: String) -> Result<(), PodError> {
-    let directory = Path::new(POD_DIR).join("ns");
-    thread::Builder::new()
-        .name("namespaces".to_owned())
-        .spawn(move || {
-            let failed = |what| move |source: io::Error| PodError::Namespace { what, source };
-            fs::create_dir_all(&directory).map_err(failed("namespace directory"))?;
-            // Or the kernel puts a device of each kind of tunnel that it knows into
-            // every network namespace.
-            fs::write("/proc/sys/net/core/fb_tunnels_only_for_init_net", "1")
-                .map_err(failed("network settings"))?;
-            unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)
-                .map_err(|errno| failed("namespaces")(errno.into()))?;
-            if !hostname.is_empty() {
-                sethostname(&hostname).map_err(|errno| failed("hostname")(errno.into()))?;
-            }
-            set_interface_up("lo").map_err(failed("loopback interface"))?;
-            for name in ["net", "ipc", "uts"] {
-                let held = directory.join(name);
-                File::create(&held).map_err(failed("namespace file"))?;
-                let of_thread = Path::new("/proc/thread-self/ns").join(name);
-                mount(
-                    Some(&of_thread),
-                    &held,
-                    None::<&str>,
-                    MsFlags::MS_BIND,
-                    None::<&str>,
-                )
-                .map_err(|errno| failed("namespace mount")(errno.into()))?;
-            }
-            Ok(())
-        })
-        .and_then(|thread| {
-            thread
-                .join()
-                .map_err(|_| io::Error::other("the thread panicked"))
-        })
-        .map_err(|source| PodError::Namespace {
-            what: "namespaces",
-            source,
-        })?
 }
 
 /// Writes a container's files back to the host, its root file system and what it

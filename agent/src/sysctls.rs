@@ -1,10 +1,10 @@
 //! Kernel parameters of the pod's namespaces.
 
-use std::{collections::HashMap, fs::File, io, os::fd::OwnedFd, path::Path, thread};
+use std::{collections::HashMap, fs::File, io, os::fd::OwnedFd, thread};
 
 use agent_container::{SysctlError, Unsupported, check_sysctl, set_sysctl};
-use agent_protocol::POD_DIR;
-use nix::sched::{CloneFlags, setns};
+
+use crate::namespaces;
 
 /// Why a parameter is not set.
 #[derive(Debug, thiserror::Error)]
@@ -33,14 +33,7 @@ pub fn set(values: &HashMap<String, String>) -> Result<(), SysctlsError> {
     // The thread's end leaves the namespaces.
     thread::scope(|scope| {
         let inside = scope.spawn(|| {
-            for (name, kind) in [
-                ("net", CloneFlags::CLONE_NEWNET),
-                ("ipc", CloneFlags::CLONE_NEWIPC),
-                ("uts", CloneFlags::CLONE_NEWUTS),
-            ] {
-                let namespace = File::open(Path::new(POD_DIR).join("ns").join(name))?;
-                setns(&namespace, kind).map_err(io::Error::from)?;
-            }
+            namespaces::join_shared()?;
             let procfs = OwnedFd::from(File::open("/proc")?);
             for (key, value) in values {
                 set_sysctl(&procfs, key, value)?;

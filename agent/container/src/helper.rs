@@ -26,7 +26,7 @@ use crate::hooks::{HookError, StartHooks};
 use crate::init::{self, Init};
 use crate::joined::{self, Joined};
 use crate::kernel_calls::{Cloned, clone_sibling, close_descriptors_from};
-use crate::namespaces::{self, NamespaceError};
+use crate::namespaces::{self, NamespaceError, Owner};
 use crate::outside::{self, Announcement, OutsideError};
 use crate::rootfs::{self, RootfsError, Sources};
 use crate::scheduling::{self, SchedulingError};
@@ -203,7 +203,7 @@ fn create(
 
     let procfs = open_procfs()?;
     let mut sources = Sources::open(&spec, share_dir, pod_dir, cgroup, &procfs)?;
-    namespaces::join(&spec, pod_dir)?;
+    let owner = namespaces::join(&spec, pod_dir)?;
     let mut new = namespaces::new_ones(&spec);
     if new.contains(namespaces::NEW_TIME) {
         namespaces::make_time(&spec)?;
@@ -215,12 +215,14 @@ fn create(
     }
     let ready = |to_init: &Channel, pid: i32, pidfd: &OwnedFd| match maps {
         Some(maps) => {
-            maps.write(&procfs, pid).map_err(HelperError::IdMaps)?;
+            if owner.is_none() {
+                maps.write(&procfs, pid).map_err(HelperError::IdMaps)?;
+            }
             Ok(outside::set_up(channel, to_init, pidfd.as_fd(), &spec)?)
         }
         None => Ok(()),
     };
-    if let Some(made) = clone_announced(channel, new, ready)? {
+    if let Some(made) = clone_announced(channel, new, owner.as_ref(), ready)? {
         sources.made = made;
         let init = Init {
             spec,
@@ -241,7 +243,7 @@ fn exec(channel: &Channel, init: &OwnedFd, joined: Joined) -> Result<(), HelperE
     let own_user_namespace = user_namespace::of(linux.as_ref()).is_some();
     namespaces::join_those_of(init, own_user_namespace).map_err(HelperError::JoinInit)?;
     let ready = |_: &Channel, _, _: &OwnedFd| Ok(());
-    if clone_announced(channel, CloneFlags::empty(), ready)?.is_some() {
+    if clone_announced(channel, CloneFlags::empty(), None, ready)?.is_some() {
         joined::main(channel, joined);
     }
     Ok(())
@@ -252,10 +254,15 @@ fn exec(channel: &Channel, init: &OwnedFd, joined: Joined) -> Result<(), HelperE
 fn clone_announced(
     channel: &Channel,
     namespaces: CloneFlags,
+    owner: Option<&Owner>,
     ready: impl FnOnce(&Channel, i32, &OwnedFd) -> Result<(), HelperError>,
 ) -> Result<Option<HashMap<usize, OwnedFd>>, HelperError> {
     let (announce, announced) = Channel::pair()?;
-    match clone_sibling(namespaces).map_err(HelperError::Clone)? {
+    let cloned = match owner {
+        None => clone_sibling(namespaces).map_err(HelperError::Clone)?,
+        Some(owner) => clone_within(channel, namespaces, owner)?,
+    };
+    match cloned {
         Cloned::Child => {
             drop(announce);
             Ok(Some(wait_until_announced(&Channel::from_socket(announced))))
@@ -269,6 +276,47 @@ fn clone_announced(
             Ok(None)
         }
     }
+}
+
+/// As [`clone_sibling`], by a process in between that has become a member of `owner`,
+/// which so owns what is new. The caller remains what it is.
+fn clone_within(
+    creator: &Channel,
+    namespaces: CloneFlags,
+    owner: &Owner,
+) -> Result<Cloned, HelperError> {
+    let (from_between, to_helper) = Channel::pair()?;
+    // Everybody's sibling: the creator's child is the process that it clones, too.
+    let between = clone_sibling(CloneFlags::empty()).map_err(HelperError::Clone)?;
+    let to_helper = Channel::from_socket(to_helper);
+    if matches!(between, Cloned::Parent { .. }) {
+        drop(to_helper);
+        return match from_between.receive()? {
+            Some((Report::Cloned { pid }, mut pidfd)) if pidfd.len() == 1 => {
+                let pidfd = pidfd.remove(0);
+                Ok(Cloned::Parent { pid, pidfd })
+            }
+            _ => Err(HelperError::Outside(OutsideError::Told)),
+        };
+    }
+    drop(from_between);
+    let cloned = owner
+        .enter()
+        .map_err(HelperError::Namespace)
+        .and_then(|()| clone_sibling(namespaces).map_err(HelperError::Clone));
+    let code = match cloned {
+        Ok(Cloned::Child) => return Ok(Cloned::Child),
+        Ok(Cloned::Parent { pid, pidfd }) => i32::from(
+            to_helper
+                .send(&Report::Cloned { pid }, &[pidfd.as_fd()])
+                .is_err(),
+        ),
+        Err(error) => {
+            let _ = creator.send(&Report::failed(&error), &[]);
+            1
+        }
+    };
+    std::process::exit(code)
 }
 
 /// The creator must know the process before the process says anything. If the helper

@@ -111,9 +111,6 @@ pub fn check(spec: &Spec) -> Result<(), Unsupported> {
         }
         seen |= flag(kind);
         match kind {
-            LinuxNamespaceType::User if path(namespace).is_some() => {
-                return refuse(kind, "a user namespace cannot be joined: map the same ids");
-            }
             LinuxNamespaceType::Time if path(namespace).is_some() => {
                 return refuse(
                     kind,
@@ -154,10 +151,10 @@ pub fn check(spec: &Spec) -> Result<(), Unsupported> {
     }
     let own_user = new_ones(spec).contains(flag(LinuxNamespaceType::User));
     if own_user && !own_pid(spec) {
-        // Nor would the kernel let its root mount a procfs.
+        // Its root has no privilege over what another made: not even ptrace.
         return refuse(
             LinuxNamespaceType::Pid,
-            "cannot be shared by a container with a user namespace of its own",
+            "cannot be shared by a container with a user namespace of its own: join the pod's",
         );
     }
     Ok(())
@@ -209,18 +206,57 @@ pub fn check_time_offsets(spec: &Spec) -> Result<(), Unsupported> {
     Ok(())
 }
 
-/// Joins every namespace that is named by a path below `pod_dir`.
-pub fn join(spec: &Spec, pod_dir: &Path) -> Result<(), NamespaceError> {
+/// A namespace that is named by a path.
+#[derive(Debug)]
+struct Named {
+    path: PathBuf,
+    kind: LinuxNamespaceType,
+    descriptor: OwnedFd,
+}
+
+impl Named {
+    fn join(&self) -> Result<(), NamespaceError> {
+        setns(&self.descriptor, flag(self.kind)).map_err(|source| NamespaceError::Join {
+            path: self.path.clone(),
+            source,
+        })
+    }
+}
+
+/// A user namespace that is joined by path, and a PID namespace if that is joined too.
+#[derive(Debug)]
+pub struct Owner(Vec<Named>);
+
+impl Owner {
+    /// Joins them. The caller then has every privilege over what the user namespace
+    /// owns, and none over anything else; the PID namespace takes its children.
+    pub fn enter(&self) -> Result<(), NamespaceError> {
+        self.0.iter().try_for_each(Named::join)
+    }
+}
+
+/// Joins every namespace that is named by a path below `pod_dir`, but for the user
+/// namespace, in which the caller would lose its privileges. With that goes the PID
+/// namespace: what enters the one has children in the other.
+pub fn join(spec: &Spec, pod_dir: &Path) -> Result<Option<Owner>, NamespaceError> {
+    let mut named = Vec::new();
     for namespace in namespaces(spec) {
         if let Some(path) = path(namespace) {
-            let descriptor = open(path, flag(namespace.typ()), pod_dir)?;
-            setns(&descriptor, flag(namespace.typ())).map_err(|source| NamespaceError::Join {
+            named.push(Named {
                 path: path.to_owned(),
-                source,
-            })?;
+                kind: namespace.typ(),
+                descriptor: open(path, flag(namespace.typ()), pod_dir)?,
+            });
         }
     }
-    Ok(())
+    let is_user = |one: &Named| one.kind == LinuxNamespaceType::User;
+    let has_owner = named.iter().any(is_user);
+    let (mut last, first): (Vec<_>, Vec<_>) = named
+        .into_iter()
+        .partition(|one| is_user(one) || (has_owner && one.kind == LinuxNamespaceType::Pid));
+    first.iter().try_for_each(Named::join)?;
+    last.sort_by_key(|one| !is_user(one));
+    Ok(has_owner.then_some(Owner(last)))
 }
 
 /// Joins the namespaces of a container by its init, as they are when it is

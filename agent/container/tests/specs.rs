@@ -170,7 +170,7 @@ fn validate_each_unsupported_field_is_refused_by_its_name() {
         (
             "/linux/namespaces",
             namespaces(json!({"type": "user", "path": "/run/bulkhead/pod/ns/user"})),
-            "linux.namespaces: user",
+            "linux.uidMappings",
         ),
         (
             "/linux/namespaces",

@@ -43,8 +43,12 @@ pub const SHARE_TAG: &str = "share";
 /// `containers/<container id>/rootfs` and `volumes/<number>`.
 pub const SHARE_DIR: &str = "/run/bulkhead/share";
 /// Where the guest keeps what the pod's containers share. Below it, made by the
-/// agent: `ns/net`, `ns/ipc`, `ns/uts` (namespaces) and `shm` (a tmpfs).
+/// agent: `ns/net`, `ns/ipc`, `ns/uts` (namespaces) and `shm` (a tmpfs); and what
+/// follows.
 pub const POD_DIR: &str = "/run/bulkhead/pod";
+/// The user namespace of a pod that has one, for containers whose configuration names
+/// it: their mappings are the pod's.
+pub const POD_USER_NAMESPACE: &str = "/run/bulkhead/pod/ns/user";
 /// The PID namespace of the pod, whose init is the agent's. Made for the first
 /// container whose configuration names it.
 pub const POD_PID_NAMESPACE: &str = "/run/bulkhead/pod/ns/pid";

@@ -59,6 +59,22 @@ impl IdMaps {
         Self::checked(parse(uids)?, parse(gids)?)
     }
 
+    /// Whether user and group 0 are mapped, who set a container up.
+    pub fn has_root(&self) -> bool {
+        let has = |ranges: &[Range]| ranges.iter().any(|range| range.inside == 0);
+        has(&self.uids) && has(&self.gids)
+    }
+
+    /// As `/proc/PID/uid_map` takes it.
+    pub fn uid_map(&self) -> String {
+        text(&self.uids)
+    }
+
+    /// As `/proc/PID/gid_map` takes it.
+    pub fn gid_map(&self) -> String {
+        text(&self.gids)
+    }
+
     fn checked(uids: Vec<Range>, gids: Vec<Range>) -> Option<Self> {
         (are_a_map(&uids) && are_a_map(&gids)).then_some(Self { uids, gids })
     }
@@ -77,8 +93,8 @@ impl IdMaps {
     }
 
     fn write_to(&self, pid: u32) -> io::Result<OwnedFd> {
-        fs::write(format!("/proc/{pid}/uid_map"), text(&self.uids))?;
-        fs::write(format!("/proc/{pid}/gid_map"), text(&self.gids))?;
+        fs::write(format!("/proc/{pid}/uid_map"), self.uid_map())?;
+        fs::write(format!("/proc/{pid}/gid_map"), self.gid_map())?;
         Ok(fs::File::open(format!("/proc/{pid}/ns/user"))?.into())
     }
 }

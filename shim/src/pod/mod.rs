@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use agent_protocol::SHARE_TAG;
-use agent_protocol::api::CreatePodRequest;
+use agent_protocol::api::{CreatePodRequest, UserNamespace};
 use thiserror::Error;
 use tokio::sync::OnceCell;
 use tracing::{info, warn};
@@ -31,6 +31,7 @@ use tracing::{info, warn};
 use crate::host;
 use crate::host::cgroup::CgroupPath;
 use crate::host::directory::{MAX_REMOTE_SHARES, PodPaths};
+use crate::host::id_maps::IdMaps;
 use crate::host::netns::Network;
 use crate::host::source::Source;
 use crate::host::vm::remote_share_tag;
@@ -130,6 +131,7 @@ struct Identity {
     id: String,
     hostname: String,
     shm_size_bytes: u64,
+    id_maps: Option<IdMaps>,
 }
 
 /// A running pod. Clones are the same pod.
@@ -169,6 +171,7 @@ impl Pod {
             id: paths.id().to_owned(),
             hostname: first.hostname.clone(),
             shm_size_bytes: shm_size(first)?,
+            id_maps: first.id_maps.clone(),
         };
         let vsock_path = paths.vsock_socket();
         let remote_shares = remote_shares(first).await?;
@@ -195,6 +198,11 @@ impl Pod {
             apparmor: Arc::default(),
             mounts: Arc::default(),
         })
+    }
+
+    /// Of its user namespace.
+    pub fn id_maps(&self) -> Option<&IdMaps> {
+        self.identity.id_maps.as_ref()
     }
 
     /// The pod's VM.
@@ -224,6 +232,7 @@ impl Pod {
             share_tag: SHARE_TAG.to_owned(),
             shm_size_bytes: self.identity.shm_size_bytes,
             remote_share_tags: (0..self.remote_shares).map(remote_share_tag).collect(),
+            user_namespace: self.identity.id_maps.as_ref().map(user_namespace).into(),
             ..CreatePodRequest::default()
         };
         let prepared = async {
@@ -397,6 +406,15 @@ async fn remote_shares(first: &HostView) -> Result<usize, Error> {
     let remote = sources.values().flat_map(Source::remote_file_systems);
     let distinct = remote.collect::<BTreeSet<_>>().len();
     Ok(distinct.min(MAX_REMOTE_SHARES))
+}
+
+/// As the guest is told of it.
+fn user_namespace(maps: &IdMaps) -> UserNamespace {
+    UserNamespace {
+        uid_map: maps.uid_map(),
+        gid_map: maps.gid_map(),
+        ..UserNamespace::default()
+    }
 }
 
 /// The size of the tmpfs that CRI made for the pod; 0, the guest's default,

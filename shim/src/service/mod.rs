@@ -214,16 +214,19 @@ impl Shim {
         request: Request,
     ) -> Result<(Pod, Container), Error> {
         let spec = spec::read(&request.bundle).map_err(crate::pod::Error::from)?;
-        let (host_view, guest_spec) =
-            GuestSpec::split(spec, &request.id, &self.peers()).map_err(crate::pod::Error::from)?;
+        let (host_view, guest_spec) = GuestSpec::split(spec, &request.id, &self.peers().await)
+            .map_err(crate::pod::Error::from)?;
         let pod = self.pod_for(&request.id, &host_view).await?;
         let container =
             Container::create(&pod, request, host_view, guest_spec, self.paths.namespace()).await?;
         Ok((pod, container))
     }
 
-    fn peers(&self) -> Peers {
+    async fn peers(&self) -> Peers {
         let mut peers = Peers::default();
+        if let PodSlot::Running(pod) = &*self.pod.lock().await {
+            peers.id_maps = pod.id_maps().cloned();
+        }
         for task in self.live_tasks() {
             let container = &task.container;
             if container.is_sandbox() {

@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use agent_protocol::{PID_NAMESPACES_DIR, POD_DIR, POD_PID_NAMESPACE};
+use agent_protocol::{PID_NAMESPACES_DIR, POD_DIR, POD_PID_NAMESPACE, POD_USER_NAMESPACE};
 use serde_json::{Value, json};
 
+use super::binds::id_maps_of_container;
 use super::{Error, Membership, text};
+use crate::host::id_maps::IdMaps;
 
 /// The pod's tasks by their pids as clients see them.
 #[derive(Debug, Default)]
@@ -15,6 +17,8 @@ pub struct Peers {
     pub sandbox: Option<u32>,
     /// The containers' ids by the pids of their inits.
     pub containers: BTreeMap<u32, String>,
+    /// Of the pod's user namespace, if it has one.
+    pub id_maps: Option<IdMaps>,
 }
 
 /// What the host has to know of them.
@@ -24,6 +28,8 @@ pub struct Namespaces {
     pub network_path: Option<PathBuf>,
     /// Whether the container has a PID namespace of its own.
     pub own_pid: bool,
+    /// Of the pod's user namespace, which its first container makes.
+    pub id_maps: Option<IdMaps>,
 }
 
 /// Of the pod, whatever a container asks for, and never the host's.
@@ -37,6 +43,7 @@ impl Namespaces {
         peers: &Peers,
     ) -> Result<Self, Error> {
         let mut found = Self::default();
+        let own_maps = id_maps_of_container(spec);
         let mut present = Vec::new();
         let namespaces = spec
             .pointer_mut("/linux/namespaces")
@@ -62,16 +69,11 @@ impl Namespaces {
                 }
                 ("pid", Some(path)) => namespace["path"] = json!(place.of_pid(&path, &field)?),
                 ("pid", None) => found.own_pid = true,
-                // The sandbox runs nowhere, whatever namespace CRI has made for it.
-                // Each container gets a user namespace of its own, in which the
-                // same mappings, which its configuration has too, make it the same
-                // users.
-                ("user", Some(path))
-                    if *membership == Membership::Sandbox || place.is_sandbox(&path) =>
-                {
-                    if let Some(namespace) = namespace.as_object_mut() {
-                        namespace.remove("path");
+                ("user", path) => {
+                    if place.is_in_the_pods(path, own_maps.as_ref(), &field)? {
+                        namespace["path"] = json!(POD_USER_NAMESPACE);
                     }
+                    found.id_maps = own_maps.clone().filter(|_| !place.is_member());
                 }
                 (_, Some(path)) => return Err(refuse_path(&field, &kind, &path)),
                 (_, None) => {}
@@ -120,6 +122,44 @@ impl Place<'_> {
                 Err(refuse_path(field, kind, &path))
             }
             _ => Ok(None),
+        }
+    }
+
+    /// Whether a container's user namespace is the pod's, which owns what the pod's
+    /// containers share. The first container's is, whatever namespace the client has
+    /// made for it: it lives in the guest.
+    fn is_in_the_pods(
+        &self,
+        path: Option<PathBuf>,
+        maps: Option<&IdMaps>,
+        field: &str,
+    ) -> Result<bool, Error> {
+        if !self.is_member() {
+            return match maps {
+                Some(maps) if maps.has_root() => Ok(true),
+                Some(_) => Err(Error::unsupported(
+                    "linux.uidMappings, linux.gidMappings",
+                    "container id 0, which sets containers up, is not mapped",
+                )),
+                None => Err(Error::field(
+                    "linux.uidMappings, linux.gidMappings",
+                    "a user namespace needs both, with ranges that the kernel takes",
+                )),
+            };
+        }
+        match path {
+            None => Ok(false),
+            Some(path) if !self.is_sandbox(&path) => Err(refuse_path(field, "user", &path)),
+            Some(_) if self.peers.id_maps.is_some() && self.peers.id_maps.as_ref() == maps => {
+                Ok(true)
+            }
+            Some(path) => Err(Error::unsupported(
+                field,
+                format!(
+                    "{} is the pod's, whose ids are mapped in another way than the container's or not at all",
+                    path.display()
+                ),
+            )),
         }
     }
 

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::binds::{self, Volumes, is_bind};
 use super::namespaces::{Namespaces, Peers};
 use super::{Error, Membership, hooks, text};
+use crate::host::id_maps::IdMaps;
 use crate::host::pod::ContainerHooks;
 use crate::pod::apparmor;
 use crate::pod::size::Limits;
@@ -32,6 +33,8 @@ pub struct HostView {
     pub shm_source: Option<PathBuf>,
     /// Of the pod's own container: `linux.sysctl`, which is then the pod's.
     pub pod_sysctls: BTreeMap<String, String>,
+    /// Of the pod's user namespace, if it has one and this is its first container.
+    pub id_maps: Option<IdMaps>,
     /// What it limits its pod to, if it is the pod's first.
     pub limits: Limits,
     /// The files and directories that it binds, each with the index of its mount.
@@ -84,6 +87,7 @@ impl GuestSpec {
             network_path: namespaces.network_path,
             shm_source: shm_source.clone(),
             pod_sysctls: pod_sysctls(&spec, &membership)?,
+            id_maps: namespaces.id_maps,
             limits: Limits::of(&spec, &membership),
             bind_sources: binds::sources(&spec["mounts"], shm_source.as_deref()),
             follows_mounts: binds::follow(&spec["mounts"]),

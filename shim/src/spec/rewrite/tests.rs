@@ -71,6 +71,7 @@ fn peers(sandbox: Option<u32>) -> Peers {
     Peers {
         sandbox,
         containers,
+        id_maps: None,
     }
 }
 
@@ -136,16 +137,58 @@ fn rewrite_member_maps_its_sandbox_and_shm_back_to_the_pod() {
     assert!(host.shm_source.is_some());
 }
 
+fn mappings(host: u32) -> Value {
+    json!([{"containerID": 0, "hostID": host, "size": 65536}])
+}
+
+fn with_mappings(mut spec: Value, uids: &Value) -> Value {
+    spec["linux"]["uidMappings"] = uids.clone();
+    spec["linux"]["gidMappings"] = uids.clone();
+    spec
+}
+
 #[test]
-fn rewrite_user_namespace_of_the_sandbox_becomes_one_with_the_same_mappings() {
+fn rewrite_user_namespace_of_the_first_container_is_the_pods() {
+    let mut spec = lone();
+    let namespaces = spec["linux"]["namespaces"].as_array_mut().expect("a list");
+    namespaces.push(json!({"type": "user"}));
+    let (host, guest) = rewritten(with_mappings(spec.clone(), &mappings(65536)), None);
+    let maps = host.id_maps.expect("has maps");
+    assert_eq!(maps.uid_map(), "0 65536 65536\n");
+    let user = json!({"type": "user", "path": "/run/bulkhead/pod/ns/user"});
+    assert_eq!(guest["linux"]["namespaces"][5], user);
+    assert_eq!(guest["linux"]["uidMappings"], mappings(65536));
+    assert!(refusal(spec.clone(), None).contains("needs both"));
+    let without_root = json!([{"containerID": 1, "hostID": 65536, "size": 10}]);
+    assert!(refusal(with_mappings(spec, &without_root), None).contains("container id 0"));
+}
+
+#[test]
+fn rewrite_user_namespace_of_the_sandbox_is_joined_with_its_mappings() {
     let namespaces = json!([
         {"type": "user", "path": "/proc/77/ns/user"},
         {"type": "network", "path": "/proc/77/ns/net"}, {"type": "ipc"}, {"type": "uts"},
     ]);
-    let (_, guest) = rewritten(member(&namespaces), Some(77));
-    assert_eq!(guest["linux"]["namespaces"][0], json!({"type": "user"}));
-    let refused = refusal(member(&namespaces), Some(78));
-    assert!(refused.contains("/proc/77/ns/user"), "{refused}");
+    let spec = with_mappings(member(&namespaces), &mappings(65536));
+    let in_pod = |sandbox, maps: Option<&str>| {
+        let id_maps = maps.map(|maps| IdMaps::of_options(maps, maps).expect("maps"));
+        let peers = Peers {
+            id_maps,
+            ..peers(Some(sandbox))
+        };
+        let split = GuestSpec::split(spec.clone(), "c", &peers);
+        split.map_err(|error| error.to_string())
+    };
+    let (host, guest) = in_pod(77, Some("0:65536:65536")).expect("splits");
+    assert_eq!(host.id_maps, None);
+    let json = guest.into_json(&mut Counted::default()).expect("rewrites");
+    let guest: Value = serde_json::from_slice(&json).expect("is JSON");
+    let user = json!({"type": "user", "path": "/run/bulkhead/pod/ns/user"});
+    assert_eq!(guest["linux"]["namespaces"][0], user);
+    let refused = |sandbox, maps| in_pod(sandbox, maps).expect_err("is refused");
+    assert!(refused(77, Some("0:100000:65536")).contains("another way"));
+    assert!(refused(77, None).contains("not at all"));
+    assert!(refused(78, Some("0:65536:65536")).contains("/proc/77/ns/user"));
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::fixture::Host;
 
 type Case = fn(&Host);
 
-pub const ALL: [(&str, Case); 56] = [
+pub const ALL: [(&str, Case); 57] = [
     ("run_exit_code_is_the_programs", process::run_exit_code),
     (
         "run_streams_connect_and_nothing_else_is_open",
@@ -180,6 +180,10 @@ pub const ALL: [(&str, Case); 56] = [
     (
         "run_idmapped_mounts_show_mapped_ids",
         user_namespaces::run_idmapped_mounts,
+    ),
+    (
+        "run_in_the_pods_user_namespace_is_privileged_over_the_pods_others",
+        user_namespaces::run_in_the_pods,
     ),
     (
         "run_scheduler_and_io_priority_have_their_effect",

@@ -3,7 +3,8 @@
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::chown;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 
 use agent_container::ContainerStdio;
 use serde_json::{Value, json};
@@ -321,4 +322,128 @@ pub fn run_idmapped_mounts(host: &Host) {
         .read_to_string(&mut left)
         .unwrap();
     assert!(!left.contains("volumes/mapped"));
+}
+
+/// Namespaces as a pod with a user namespace has them, held by bind mounts.
+struct Pod {
+    holder: Child,
+    directory: PathBuf,
+}
+
+const OWNED: [(&str, &str); 5] = [
+    ("user", "user"),
+    ("network", "net"),
+    ("ipc", "ipc"),
+    ("uts", "uts"),
+    ("pid", "pid"),
+];
+
+impl Pod {
+    fn new(host: &Host) -> Self {
+        let mut holder = Command::new("unshare")
+            .args(["--user", "--net", "--ipc", "--uts", "--pid", "--fork"])
+            .args(["--kill-child", "sh", "-c", "echo there; exec sleep 1000"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut there = [0; 6];
+        let mut output = holder.stdout.take().unwrap();
+        output.read_exact(&mut there).unwrap();
+        for file in ["uid_map", "gid_map"] {
+            let map = format!("/proc/{}/{file}", holder.id());
+            fs::write(map, format!("0 {BASE} 65536")).unwrap();
+        }
+        let directory = host.pod().join("ns");
+        for (_, name) in OWNED {
+            File::create(directory.join(name)).unwrap();
+            let suffix = if name == "pid" { "_for_children" } else { "" };
+            let source = format!("/proc/{}/ns/{name}{suffix}", holder.id());
+            let no = None::<&str>;
+            let bind = nix::mount::MsFlags::MS_BIND;
+            nix::mount::mount(Some(source.as_str()), &directory.join(name), no, bind, no).unwrap();
+        }
+        Self { holder, directory }
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        let _ = self.holder.kill();
+        let _ = self.holder.wait();
+        for (_, name) in OWNED {
+            let _ =
+                nix::mount::umount2(&self.directory.join(name), nix::mount::MntFlags::MNT_DETACH);
+            let _ = fs::remove_file(self.directory.join(name));
+        }
+    }
+}
+
+pub fn run_in_the_pods(host: &Host) {
+    let pod = Pod::new(host);
+    let lines = [
+        "cat /proc/self/uid_map",
+        "link /proc/self/ns/user",
+        "cat /proc/1/comm",
+        "cat /proc/sys/kernel/hostname",
+        "write /proc/sys/net/ipv4/ip_forward 1",
+        "write /made x",
+        "ls /sys/class/net",
+        "write /dev/stdout all-told",
+        "sleep",
+    ];
+    let mut spec = spec(host, &lines);
+    spec["hostname"] = json!("owned");
+    spec["linux"]["readonlyPaths"] = json!([]);
+    for set in ["bounding", "effective", "permitted"] {
+        let set = spec["process"]["capabilities"][set].as_array_mut().unwrap();
+        set.push(json!("CAP_NET_ADMIN"));
+    }
+    let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+    for namespace in namespaces.iter_mut() {
+        let kind = namespace["type"].as_str().unwrap().to_owned();
+        if let Some((_, name)) = OWNED.iter().find(|(owned, _)| *owned == kind) {
+            namespace["path"] = json!(pod.directory.join(name));
+        }
+    }
+    let user = format!("/proc/{}/ns/user", pod.holder.id());
+    let user = fs::read_link(user).unwrap();
+    let user = user.to_str().unwrap();
+
+    let (container, mut reader) = host.create("a", &spec).unwrap();
+    container.init().start().unwrap();
+    let output = read_until(&mut reader, "all-told");
+    let of = |line: &str| {
+        let mut lines = output
+            .lines()
+            .skip_while(|one| *one != format!("== {line}"));
+        lines.nth(1).unwrap_or_default().trim().to_owned()
+    };
+    let words = of(lines[0]);
+    let words: Vec<_> = words.split_whitespace().collect();
+    assert_eq!(words, ["0", "200000", "65536"], "{output}");
+    assert_eq!(of(lines[1]), user);
+    assert_eq!(of(lines[2]), "sleep");
+    assert_eq!(of(lines[3]), "owned");
+    // Its root is that of the pod's network, which another user namespace owned before.
+    assert_eq!(of(lines[4]), "written", "{output}");
+    assert_eq!(of(lines[5]), "written");
+    assert_eq!(of(lines[6]), "lo");
+
+    // Execs and containers are in the same one: they may look into each other.
+    let process = Host::process(&spec, &["link /proc/self/ns/user", "cat /proc/1/environ"]);
+    let outcome = Host::run_exec(&container, &process);
+    assert_eq!(outcome.of("link /proc/self/ns/user"), user);
+    let pid = container.init().pid();
+    let inner = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let inner = inner.lines().find_map(|line| line.strip_prefix("NSpid:"));
+    let inner = inner.unwrap().split_whitespace().last().unwrap();
+    let look = format!("link /proc/{inner}/root");
+    let mut other = spec.clone();
+    other["root"]["path"] = json!(host.rootfs("b"));
+    own(&host.share().join("containers/b/rootfs"));
+    other["process"]["args"] = json!(["/payload", look]);
+    other["linux"]["cgroupsPath"] = json!("group/b");
+    let outcome = host.run("b", &other);
+    assert_eq!(outcome.of(&look), "/", "{}", outcome.output);
+    end(&container);
 }

@@ -1,0 +1,138 @@
+//! The network, IPC and UTS namespaces that the pod's containers share, and the user
+//! namespace that owns them, if the pod has one.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read, Write},
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    thread,
+};
+
+use agent_protocol::{POD_DIR, api::UserNamespace};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, setns, unshare},
+    unistd::sethostname,
+};
+
+use crate::{kernel_calls::set_interface_up, pod::PodError};
+
+/// Name by which the agent's binary is executed to make the namespaces of a pod that
+/// has a user namespace (`argv[0]`).
+pub const MAKER: &str = "pod-namespaces";
+/// What it says once they are there.
+const MADE: &[u8] = b"made";
+
+const SHARED: [&str; 3] = ["net", "ipc", "uts"];
+
+fn shared_kinds() -> CloneFlags {
+    CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS
+}
+
+fn failed(what: &'static str) -> impl Fn(io::Error) -> PodError {
+    move |source| PodError::Namespace { what, source }
+}
+
+/// Makes them, held by bind mounts, with the loopback interface up. Blocks.
+///
+/// # Errors
+/// What the kernel refused.
+pub fn create(hostname: String, user: Option<&UserNamespace>) -> Result<(), PodError> {
+    fs::create_dir_all(directory()).map_err(failed("namespace directory"))?;
+    // Or the kernel puts a device of each kind of tunnel that it knows into every
+    // network namespace.
+    fs::write("/proc/sys/net/core/fb_tunnels_only_for_init_net", "1")
+        .map_err(failed("network settings"))?;
+    match user {
+        Some(user) => {
+            make_in(user)?;
+            in_thread(move || {
+                join_shared().map_err(failed("namespaces to set up"))?;
+                set_up(&hostname)
+            })
+        }
+        None => in_thread(move || {
+            unshare(shared_kinds()).map_err(|errno| failed("namespaces")(errno.into()))?;
+            set_up(&hostname)?;
+            hold(Path::new("/proc/thread-self/ns"), &SHARED)
+        }),
+    }
+}
+
+/// The calling thread joins those that the pod's containers share.
+pub fn join_shared() -> io::Result<()> {
+    for name in SHARED {
+        let namespace = File::open(directory().join(name))?;
+        setns(&namespace, CloneFlags::empty())?;
+    }
+    Ok(())
+}
+
+fn directory() -> PathBuf {
+    Path::new(POD_DIR).join("ns")
+}
+
+/// In a thread, whose end leaves only the bind mounts.
+fn in_thread(work: impl FnOnce() -> Result<(), PodError> + Send + 'static) -> Result<(), PodError> {
+    let thread = thread::Builder::new().name("namespaces".to_owned());
+    let ended = thread.spawn(work).and_then(|thread| {
+        let panicked = |_| io::Error::other("the thread panicked");
+        thread.join().map_err(panicked)
+    });
+    ended.map_err(failed("namespaces"))?
+}
+
+fn set_up(hostname: &str) -> Result<(), PodError> {
+    if !hostname.is_empty() {
+        sethostname(hostname).map_err(|errno| failed("hostname")(errno.into()))?;
+    }
+    set_interface_up("lo").map_err(failed("loopback interface"))
+}
+
+fn hold(process: &Path, names: &[&str]) -> Result<(), PodError> {
+    let no = None::<&str>;
+    for name in names {
+        let held = directory().join(name);
+        File::create(&held).map_err(failed("namespace file"))?;
+        mount(Some(&process.join(name)), &held, no, MsFlags::MS_BIND, no)
+            .map_err(|errno| failed("namespace mount")(errno.into()))?;
+    }
+    Ok(())
+}
+
+/// Has a process of one thread make them: one with more may not have a user namespace
+/// of its own.
+fn make_in(user: &UserNamespace) -> Result<(), PodError> {
+    let mut maker = Command::new("/proc/self/exe")
+        .arg0(MAKER)
+        .env_clear()
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(failed("user namespace"))?;
+    let mut told = [0; MADE.len()];
+    let output = maker.stdout.as_mut();
+    output
+        .map_or(Ok(()), |output| output.read_exact(&mut told))
+        .map_err(failed("user namespace"))?;
+    let process = PathBuf::from(format!("/proc/{}", maker.id()));
+    for (file, map) in [("uid_map", &user.uid_map), ("gid_map", &user.gid_map)] {
+        fs::write(process.join(file), map).map_err(failed("user namespace's maps"))?;
+    }
+    let names = [&SHARED[..], &["user"]].concat();
+    // The end of its input, with `maker`, is that of the process, which the agent reaps.
+    hold(&process.join("ns"), &names)
+}
+
+/// What the agent's binary is then.
+pub fn maker_main() -> ! {
+    let made = unshare(CloneFlags::CLONE_NEWUSER | shared_kinds())
+        .map_err(io::Error::from)
+        .and_then(|()| io::stdout().write_all(MADE))
+        .and_then(|()| io::stdout().flush())
+        // Until the agent holds them, or is gone.
+        .and_then(|()| io::stdin().read_to_end(&mut Vec::new()));
+    std::process::exit(i32::from(made.is_err()))
+}
