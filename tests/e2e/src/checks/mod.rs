@@ -21,6 +21,7 @@ pub mod pods;
 pub mod shim;
 pub mod streams;
 pub mod terminals;
+pub mod user_namespaces;
 pub mod volumes;
 
 use anyhow::Result;
@@ -50,6 +51,7 @@ pub const ALL: &[&[Check]] = &[
     pods::CHECKS,
     crictl::CHECKS,
     pid_namespaces::CHECKS,
+    user_namespaces::CHECKS,
     files::CHECKS,
     volumes::CHECKS,
     memory::CHECKS,
