@@ -12,7 +12,7 @@ use oci_spec::runtime::Spec;
 use serde_json::{Value, json};
 use shim::host::cgroup::CgroupPath;
 use shim::host::mounts::Access;
-use shim::host::volumes::Placed;
+use shim::host::volumes::{Placed, Wanted};
 use shim::spec::{GuestSpec, Membership, Peers, Volumes};
 
 use crate::json::change;
@@ -29,14 +29,9 @@ struct Numbered(Vec<(PathBuf, Access)>);
 impl Volumes for Numbered {
     type Error = Infallible;
 
-    fn add(
-        &mut self,
-        source: &Path,
-        access: Access,
-        _below: shim::host::volumes::Below,
-    ) -> Result<Placed, Infallible> {
+    fn add(&mut self, source: &Path, wanted: &Wanted) -> Result<Placed, Infallible> {
         assert!(source.is_absolute(), "a source relative to the shim");
-        self.0.push((source.to_owned(), access));
+        self.0.push((source.to_owned(), wanted.access));
         Ok(Placed {
             path: PathBuf::from(format!("volumes/{}", self.0.len() - 1)),
             read_only: false,
