@@ -101,6 +101,7 @@ pub fn run(data: &[u8]) {
     let peers = Peers {
         sandbox: (choice & 4 != 0).then_some(SANDBOX_PID),
         containers: [(PEER_PID, PEER.to_owned())].into(),
+        id_maps: None,
     };
     let (host, guest) = match GuestSpec::split(spec, CONTAINER, &peers) {
         Ok(parts) => parts,
