@@ -126,6 +126,20 @@ fn clone(flags: i32, exit_signal: u64) -> io::Result<Cloned> {
     })
 }
 
+/// Does something as another effective user, without privileges; the calling thread
+/// alone, unlike with `seteuid(3)`. Its user must be root, whose it is again afterwards.
+pub fn as_effective_user<T>(uid: u32, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let become_user = |uid: u32| {
+        const UNCHANGED: libc::uid_t = libc::uid_t::MAX;
+        // SAFETY: takes three integers.
+        check(unsafe { libc::syscall(libc::SYS_setresuid, UNCHANGED, uid, UNCHANGED) })
+    };
+    become_user(uid)?;
+    let done = work();
+    become_user(0)?;
+    done
+}
+
 /// Starts the configuration of a new file system.
 pub fn fsopen(fstype: &CStr) -> io::Result<OwnedFd> {
     // SAFETY: `fstype` is NUL-terminated.

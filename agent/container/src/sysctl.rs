@@ -5,10 +5,11 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path};
 
-use nix::fcntl::{OFlag, openat};
-use nix::sys::stat::Mode;
+use nix::fcntl::{AtFlags, OFlag, openat};
+use nix::sys::stat::{Mode, fstatat};
 
 use crate::Unsupported;
+use crate::kernel_calls::as_effective_user;
 
 /// A setting that the kernel did not take.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +51,10 @@ fn path_of(key: &str) -> String {
         .collect()
 }
 
+fn is_of_ipc(path: &str) -> bool {
+    path.starts_with("fs/mqueue/") || IPC.contains(&path)
+}
+
 /// Refuses a setting that would be the whole guest's.
 ///
 /// # Errors
@@ -59,10 +64,7 @@ pub fn check(key: &str) -> Result<(), Unsupported> {
     let plain = Path::new(&path)
         .components()
         .all(|part| matches!(part, Component::Normal(_)));
-    let namespaced = path.starts_with("net/")
-        || path.starts_with("fs/mqueue/")
-        || path == "kernel/domainname"
-        || IPC.contains(&path.as_str());
+    let namespaced = path.starts_with("net/") || path == "kernel/domainname" || is_of_ipc(&path);
     if plain && namespaced {
         return Ok(());
     }
@@ -74,21 +76,29 @@ pub fn check(key: &str) -> Result<(), Unsupported> {
     Err(Unsupported::new(format!("linux.sysctl.{key}"), reason))
 }
 
-/// Sets one value, in the calling thread's namespaces, through a procfs of the runtime's own.
+/// Sets one value, in the calling thread's namespaces, through a procfs of the runtime's
+/// own. The caller's user is root, with all privileges.
 ///
 /// # Errors
 /// What the kernel did not take.
 pub fn set(procfs: &OwnedFd, key: &str, value: &str) -> Result<(), SysctlError> {
-    let path = Path::new("sys").join(path_of(key));
-    openat(
-        procfs,
-        &path,
-        OFlag::O_WRONLY | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(io::Error::from)
-    .and_then(|file| File::from(file).write_all(value.as_bytes()))
-    .map_err(|source| SysctlError {
+    let path = path_of(key);
+    let file = Path::new("sys").join(&path);
+    let write = || {
+        let flags = OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+        let opened = openat(procfs, &file, flags, Mode::empty())?;
+        File::from(opened).write_all(value.as_bytes())
+    };
+    let written = if is_of_ipc(&path) {
+        // No privilege counts but being the root of the namespace's owner, to whom the
+        // kernel shows the file to belong (ipc_permissions, mq_permissions).
+        fstatat(procfs, &file, AtFlags::empty())
+            .map_err(io::Error::from)
+            .and_then(|status| as_effective_user(status.st_uid, write))
+    } else {
+        write()
+    };
+    written.map_err(|source| SysctlError {
         key: key.to_owned(),
         value: value.to_owned(),
         source,

@@ -24,7 +24,8 @@ users() { # first id in the pod
 map='[{"host_id": 131072, "container_id": 0, "length": 65536}]'
 pod() { # name, first id in the pod
     echo '{"metadata": {"name": "'$1'", "namespace": "e2e", "uid": "'$1'", "attempt": 0},
-      "log_directory": "/tmp/users/logs", "linux": {'"$(users $2)"'}}' >$1.json
+      "log_directory": "/tmp/users/logs",
+      "linux": {"sysctls": {"kernel.shm_rmid_forced": "1"}, '"$(users $2)"'}}' >$1.json
     crictl runp --runtime bulkhead $1.json
 }
 pod=$(pod users 0)
@@ -39,7 +40,8 @@ two=$(container two 'exec tail -f /dev/null')
 in_one() { crictl exec $one sh -c "$1"; }
 echo "maps:" $(in_one 'cat /proc/self/uid_map /proc/self/gid_map')
 [ "$(in_one 'readlink /proc/self/ns/user')" = "$(crictl exec $two readlink /proc/self/ns/user)" ] && echo "one namespace"
-echo "owners:" $(in_one 'stat -c %u:%g / /bin/busybox /etc/hosts /volume/there')
+in_one 'cat /proc/sys/kernel/shm_rmid_forced'
+echo "owners:" $(in_one 'stat -c %u:%g / /bin/busybox /etc/hosts /volume/there /dev/mqueue')
 in_one 'cat /volume/there; echo of-the-pod >/volume/made; chown 7:8 /volume/made; echo 1.2.3.4 name >>/etc/hosts'
 echo "on the host:" $(stat -c %u:%g volume/made)
 crictl exec $two cat /volume/made
@@ -55,7 +57,8 @@ crictl rmp -fa >/dev/null
 const WANTED: &str = "\
 maps: 0 131072 65536 0 131072 65536
 one namespace
-owners: 0:0 0:0 0:0 0:5
+1
+owners: 0:0 0:0 0:0 0:5 0:0
 of-the-host
 on the host: 7:8
 of-the-pod

@@ -388,11 +388,19 @@ pub fn run_in_the_pods(host: &Host) {
         "write /proc/sys/net/ipv4/ip_forward 1",
         "write /made x",
         "ls /sys/class/net",
+        "cat /proc/sys/kernel/shmmni",
+        "cat /proc/sys/fs/mqueue/msg_max",
+        "cat /proc/sys/net/ipv4/ip_unprivileged_port_start",
         "write /dev/stdout all-told",
         "sleep",
     ];
     let mut spec = spec(host, &lines);
     spec["hostname"] = json!("owned");
+    spec["linux"]["sysctl"] = json!({
+        "kernel.shmmni": "77",
+        "fs.mqueue.msg_max": "9",
+        "net.ipv4.ip_unprivileged_port_start": "17",
+    });
     spec["linux"]["readonlyPaths"] = json!([]);
     for set in ["bounding", "effective", "permitted"] {
         let set = spec["process"]["capabilities"][set].as_array_mut().unwrap();
@@ -428,6 +436,9 @@ pub fn run_in_the_pods(host: &Host) {
     assert_eq!(of(lines[4]), "written", "{output}");
     assert_eq!(of(lines[5]), "written");
     assert_eq!(of(lines[6]), "lo");
+    assert_eq!(of(lines[7]), "77", "{output}");
+    assert_eq!(of(lines[8]), "9");
+    assert_eq!(of(lines[9]), "17");
 
     // Execs and containers are in the same one: they may look into each other.
     let process = Host::process(&spec, &["link /proc/self/ns/user", "cat /proc/1/environ"]);
