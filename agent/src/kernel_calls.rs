@@ -1,7 +1,7 @@
 //! The kernel interfaces that no crate wraps.
 #![expect(
     unsafe_code,
-    reason = "ioctl, adjtimex and waitid take pointers to structures, signal a function"
+    reason = "ioctl, adjtimex and waitid take pointers to structures, signal a function, and fork copies memory"
 )]
 
 use std::{
@@ -9,7 +9,10 @@ use std::{
     os::fd::{AsFd, AsRawFd},
 };
 
-use nix::sys::signal::{SigHandler, Signal, signal};
+use nix::{
+    sys::signal::{SigHandler, Signal, signal},
+    unistd::ForkResult,
+};
 
 /// Bytes of one [`add_entropy`] call.
 pub const ENTROPY_BYTES: usize = 64;
@@ -141,4 +144,16 @@ pub fn reap_child() -> io::Result<Option<EndedChild>> {
 pub fn forget_children() -> nix::Result<()> {
     // SAFETY: an ignored signal runs no code of ours.
     unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }.map(drop)
+}
+/// Another process with a copy of this one's memory, which must have one thread. Returns
+/// its pid, and `None` in it.
+///
+/// # Errors
+/// What the kernel refused.
+pub fn fork() -> nix::Result<Option<i32>> {
+    // SAFETY: with one thread, the copy holds no lock of another's.
+    match unsafe { nix::unistd::fork() }? {
+        ForkResult::Parent { child } => Ok(Some(child.as_raw())),
+        ForkResult::Child => Ok(None),
+    }
 }

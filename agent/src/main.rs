@@ -64,7 +64,6 @@ fn main() -> Result<()> {
     let mut arguments = env::args_os();
     match arguments.next().as_deref().and_then(OsStr::to_str) {
         Some(pid_namespaces::POD_INIT) => pid_namespaces::pod_init_main(),
-        Some(pid_namespaces::POD_INIT_MAKER) => pid_namespaces::pod_init_maker_main(),
         Some(namespaces::MAKER) => namespaces::maker_main(),
         _ => {}
     }

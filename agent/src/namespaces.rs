@@ -3,7 +3,7 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Read, Write},
+    io::{self, BufRead, BufReader, Read, Write},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -14,7 +14,7 @@ use agent_protocol::{POD_DIR, api::UserNamespace};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, setns, unshare},
-    unistd::sethostname,
+    unistd::{Gid, Uid, setgroups, sethostname, setresgid, setresuid},
 };
 
 use crate::{kernel_calls::set_interface_up, pod::PodError};
@@ -22,8 +22,10 @@ use crate::{kernel_calls::set_interface_up, pod::PodError};
 /// Name by which the agent's binary is executed to make the namespaces of a pod that
 /// has a user namespace (`argv[0]`).
 pub const MAKER: &str = "pod-namespaces";
-/// What it says once they are there.
-const MADE: &[u8] = b"made";
+/// What it says once the user namespace is there, and once the others are.
+const MADE: &str = "made";
+/// What it is told in between.
+const GO: &[u8] = b"go";
 
 const SHARED: [&str; 3] = ["net", "ipc", "uts"];
 
@@ -105,34 +107,75 @@ fn hold(process: &Path, names: &[&str]) -> Result<(), PodError> {
 /// Has a process of one thread make them: one with more may not have a user namespace
 /// of its own.
 fn make_in(user: &UserNamespace) -> Result<(), PodError> {
+    let failed = failed("user namespace");
     let mut maker = Command::new("/proc/self/exe")
         .arg0(MAKER)
         .env_clear()
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
-        .map_err(failed("user namespace"))?;
-    let mut told = [0; MADE.len()];
-    let output = maker.stdout.as_mut();
-    output
-        .map_or(Ok(()), |output| output.read_exact(&mut told))
-        .map_err(failed("user namespace"))?;
+        .map_err(&failed)?;
+    let (Some(mut input), Some(output)) = (maker.stdin.take(), maker.stdout.take()) else {
+        unreachable!("both were asked for");
+    };
+    let mut output = BufReader::new(output);
+    expect_made(&mut output).map_err(&failed)?;
     let process = PathBuf::from(format!("/proc/{}", maker.id()));
     for (file, map) in [("uid_map", &user.uid_map), ("gid_map", &user.gid_map)] {
-        fs::write(process.join(file), map).map_err(failed("user namespace's maps"))?;
+        fs::write(process.join(file), map).map_err(&failed)?;
     }
+    input.write_all(GO).map_err(&failed)?;
+    expect_made(&mut output).map_err(&failed)?;
     let names = [&SHARED[..], &["user"]].concat();
-    // The end of its input, with `maker`, is that of the process, which the agent reaps.
+    // The end of its input is that of the process, which the agent reaps.
     hold(&process.join("ns"), &names)
+}
+
+/// A line of the maker's, which is what it has done or why not.
+fn expect_made(output: &mut impl BufRead) -> io::Result<()> {
+    let mut told = String::new();
+    output.read_line(&mut told)?;
+    match told.trim_end() {
+        MADE => Ok(()),
+        "" => Err(io::Error::other(format!("{MAKER} ended too early"))),
+        error => Err(io::Error::other(format!("{MAKER}: {error}"))),
+    }
 }
 
 /// What the agent's binary is then.
 pub fn maker_main() -> ! {
-    let made = unshare(CloneFlags::CLONE_NEWUSER | shared_kinds())
-        .map_err(io::Error::from)
-        .and_then(|()| io::stdout().write_all(MADE))
-        .and_then(|()| io::stdout().flush())
-        // Until the agent holds them, or is gone.
-        .and_then(|()| io::stdin().read_to_end(&mut Vec::new()));
+    let made = make();
+    if let Err(error) = &made {
+        println!("{error}");
+    }
     std::process::exit(i32::from(made.is_err()))
+}
+
+fn make() -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWUSER)?;
+    println!("{MADE}");
+    // Until it has its maps.
+    io::stdin().read_exact(&mut [0; GO.len()])?;
+    // What comes now belongs to its root: the file systems of the IPC namespace, say.
+    become_user(0)?;
+    unshare(shared_kinds())?;
+    println!("{MADE}");
+    // Until the agent holds them, or is gone.
+    io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(())
+}
+
+/// The calling process, of one thread, becomes root of a user namespace, with every
+/// privilege over what that owns and none over anything else.
+pub fn enter_user_namespace(namespace: &File) -> io::Result<()> {
+    setns(namespace, CloneFlags::CLONE_NEWUSER)?;
+    Ok(become_user(0)?)
+}
+
+/// The calling process, of one thread, becomes a user and group of that id, alone.
+pub fn become_user(id: u32) -> nix::Result<()> {
+    setgroups(&[])?;
+    let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
+    setresgid(gid, gid, gid)?;
+    setresuid(uid, uid, uid)
 }

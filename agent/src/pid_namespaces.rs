@@ -5,10 +5,10 @@
 use std::{
     fmt,
     fs::{self, File},
-    io::{self, Read, Write},
+    io::{self, PipeWriter, Read, Write},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     sync::{Mutex, PoisonError},
     thread,
 };
@@ -16,25 +16,23 @@ use std::{
 use agent_protocol::{PID_NAMESPACES_DIR, POD_PID_NAMESPACE, POD_USER_NAMESPACE};
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
-    sched::{CloneFlags, setns, unshare},
+    sched::{CloneFlags, unshare},
     sys::{
         prctl,
         signal::{Signal, kill},
     },
-    unistd::{
-        Gid, Pid, Uid, chdir, dup2_stderr, dup2_stdout, pause, pivot_root, setgroups, setresgid,
-        setresuid,
-    },
+    unistd::{Pid, chdir, dup2_stderr, dup2_stdout, pause, pivot_root},
 };
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
-use crate::{kernel_calls::forget_children, namespaces};
+use crate::{
+    kernel_calls::{forget_children, fork},
+    namespaces,
+};
 
 /// Name by which the agent's binary is executed as the init of the pod's PID
 /// namespace (`argv[0]`), and by which containers see it.
 pub const POD_INIT: &str = "pod-init";
-/// The same of what makes it in a user namespace.
-pub const POD_INIT_MAKER: &str = "pod-init-maker";
 /// Nobody, in no user's way: no container's files are this user's by accident.
 const POD_INIT_ID: u32 = 65_535;
 /// What it says once containers may see it.
@@ -144,15 +142,26 @@ fn hold(process: u32, place: &Path) -> io::Result<()> {
 }
 
 /// Makes a PID namespace with an init in it; returns its pid once it is what
-/// containers may see. In a thread of its own, which alone enters the pod's
-/// namespaces and ends. The agent reaps it, as every process.
+/// containers may see. By a process of one thread, which can enter a user namespace,
+/// from a thread of its own, which alone enters the pod's others and ends.
 fn spawn_pod_init() -> io::Result<u32> {
     let in_thread = || {
         namespaces::join_shared()?;
-        if Path::new(POD_USER_NAMESPACE).exists() {
-            spawn_in_user_namespace()
-        } else {
-            spawn_in_new_namespace()
+        let mut maker = Command::new("/proc/self/exe")
+            .arg0(POD_INIT)
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let mut told = String::new();
+        if let Some(mut output) = maker.stdout.take() {
+            output.read_to_string(&mut told)?;
+        }
+        let pid = told.strip_prefix(READY).map(str::trim).map(str::parse);
+        match pid {
+            Some(Ok(pid)) => Ok(pid),
+            _ if told.is_empty() => Err(io::Error::other(format!("{POD_INIT} ended too early"))),
+            _ => Err(io::Error::other(format!("{POD_INIT}: {told}"))),
         }
     };
     let thread = thread::Builder::new()
@@ -162,49 +171,10 @@ fn spawn_pod_init() -> io::Result<u32> {
     ended.map_err(|_| io::Error::other("the thread panicked"))?
 }
 
-/// Executes the agent's binary as the first process of a new PID namespace.
-fn spawn_in_new_namespace() -> io::Result<u32> {
-    unshare(CloneFlags::CLONE_NEWPID)?;
-    let mut init = this_program_as(POD_INIT).stdout(Stdio::piped()).spawn()?;
-    expect_ready(&mut init)?;
-    Ok(init.id())
-}
-
-/// The same by a process of one thread, which can enter a user namespace.
-fn spawn_in_user_namespace() -> io::Result<u32> {
-    let mut maker = this_program_as(POD_INIT_MAKER)
-        .stdout(Stdio::piped())
-        .spawn()?;
-    let told = expect_ready(&mut maker)?;
-    let pid = told.trim().parse();
-    pid.map_err(|_| io::Error::other(format!("{POD_INIT_MAKER} told no pid: {told}")))
-}
-
-fn this_program_as(name: &str) -> Command {
-    let mut command = Command::new("/proc/self/exe");
-    command.arg0(name).env_clear().stdin(Stdio::null());
-    command
-}
-
-/// What it tells beyond that it is ready.
-fn expect_ready(child: &mut Child) -> io::Result<String> {
-    let mut told = String::new();
-    if let Some(mut output) = child.stdout.take() {
-        output.read_to_string(&mut told)?;
-    }
-    match told.strip_prefix(READY) {
-        Some(rest) => Ok(rest.to_owned()),
-        None if told.is_empty() => Err(io::Error::other(format!("{POD_INIT} ended too early"))),
-        None => Err(io::Error::other(format!("{POD_INIT}: {told}"))),
-    }
-}
-
-/// What the agent's binary is to make the init of a pod with a user namespace.
-pub fn pod_init_maker_main() -> ! {
-    let made = File::open(POD_USER_NAMESPACE)
-        .and_then(|user| Ok(setns(&user, CloneFlags::CLONE_NEWUSER)?))
-        .and_then(|()| Ok(become_user(0)?))
-        .and_then(|()| spawn_in_new_namespace());
+/// What the agent's binary is then: it makes the init, tells its pid and ends. The
+/// agent, whose child the init becomes, reaps both, as every process.
+pub fn pod_init_main() -> ! {
+    let made = make_pod_init();
     match &made {
         Ok(pid) => print!("{READY} {pid}"),
         Err(error) => print!("{error}"),
@@ -213,30 +183,49 @@ pub fn pod_init_maker_main() -> ! {
     std::process::exit(i32::from(made.is_err()))
 }
 
-fn become_user(id: u32) -> nix::Result<()> {
-    setgroups(&[])?;
-    let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
-    setresgid(gid, gid, gid)?;
-    setresuid(uid, uid, uid)
+fn make_pod_init() -> io::Result<i32> {
+    // Its init's memory stays the guest's, which no root of a user namespace may
+    // look into: that is decided when a program is executed, and it executes none.
+    prctl::set_dumpable(false)?;
+    if Path::new(POD_USER_NAMESPACE).exists() {
+        namespaces::enter_user_namespace(&File::open(POD_USER_NAMESPACE)?)?;
+    }
+    unshare(CloneFlags::CLONE_NEWPID)?;
+    let (mut told, tell) = io::pipe()?;
+    let Some(pid) = fork()? else {
+        drop(told);
+        be_pod_init(tell);
+    };
+    drop(tell);
+    let mut words = String::new();
+    told.read_to_string(&mut words)?;
+    match words.as_str() {
+        READY => Ok(pid),
+        "" => Err(io::Error::other("it ended too early")),
+        error => Err(io::Error::other(error)),
+    }
 }
 
-/// What the agent's binary is as the pod's init: it takes in the orphans of the
-/// containers, whose ends the kernel then forgets, for as long as the VM lives.
-pub fn pod_init_main() -> ! {
-    match become_pod_init() {
-        Ok(null) => {
-            print!("{READY}");
-            let told = io::stdout().flush();
-            if told.is_ok() && dup2_stdout(&null).and(dup2_stderr(&null)).is_ok() {
-                drop(null);
-                loop {
-                    pause();
-                }
+/// It takes in the orphans of the containers, whose ends the kernel then forgets, for
+/// as long as the VM lives.
+fn be_pod_init(mut tell: PipeWriter) -> ! {
+    let ready = become_pod_init().and_then(|null| {
+        dup2_stdout(&null)?;
+        dup2_stderr(&null)?;
+        tell.write_all(READY.as_bytes())
+    });
+    match ready {
+        Ok(()) => {
+            drop(tell);
+            loop {
+                pause();
             }
         }
-        Err(error) => print!("{error}"),
+        Err(error) => {
+            let _ = write!(tell, "{error}");
+            std::process::exit(1)
+        }
     }
-    std::process::exit(1)
 }
 
 /// Containers see it, so it has nothing that they could want: no privilege, no
@@ -258,7 +247,7 @@ fn become_pod_init() -> io::Result<File> {
     // Or it would be called what its path was.
     prctl::set_name(c"pod-init")?;
     prctl::set_no_new_privs()?;
-    become_user(POD_INIT_ID).map_err(|errno| {
+    namespaces::become_user(POD_INIT_ID).map_err(|errno| {
         io::Error::other(format!(
             "become user {POD_INIT_ID} (does the pod map it?): {errno}"
         ))

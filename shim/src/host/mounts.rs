@@ -145,6 +145,16 @@ fn mount_one(mount: &Mount, target: &Path) -> Result<(), Error> {
     }
     let options = Options::parse(&mount.options)?;
     let maps = options.id_maps()?;
+    let alone = options
+        .data
+        .iter()
+        .find(|data| data.starts_with("lowerdir+="));
+    if let (Some(option), true) = (alone, maps.is_some()) {
+        return Err(Error::Option {
+            option: (*option).to_owned(),
+            advice: "with mapped ids, name all layers in lowerdir=",
+        });
+    }
     let maps = maps.as_ref().map(OwnedFd::as_fd);
     match mount.kind.as_str() {
         "bind" | "rbind" => {
@@ -622,6 +632,10 @@ pub(super) mod tests {
         assert!(refused("erofs", "ro").contains("\"erofs\""));
         assert!(refused("ext4", "loop").contains("\"loop\""));
         assert!(refused("overlay", "uidmap=0:1:2").contains("uidmap=0:1:2,gidmap="));
+        let mut mapped = MAPS.map(str::to_owned).to_vec();
+        mapped.push("lowerdir+=/a".to_owned());
+        let error = mount_rootfs(&overlay(&mapped), Path::new("/nowhere")).expect_err("is refused");
+        assert!(error.to_string().contains("lowerdir+=/a"), "{error}");
         assert!(refused("bind", "size=1").contains("\"size=1\""));
     }
 }

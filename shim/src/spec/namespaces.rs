@@ -126,8 +126,8 @@ impl Place<'_> {
     }
 
     /// Whether a container's user namespace is the pod's, which owns what the pod's
-    /// containers share. The first container's is, whatever namespace the client has
-    /// made for it: it lives in the guest.
+    /// containers share. The first container's is; a sandbox's, whatever namespace CRI
+    /// has made for it: it lives in the guest.
     fn is_in_the_pods(
         &self,
         path: Option<PathBuf>,
@@ -135,6 +135,9 @@ impl Place<'_> {
         field: &str,
     ) -> Result<bool, Error> {
         if !self.is_member() {
+            if let (Some(path), Membership::Alone) = (&path, self.membership) {
+                return Err(refuse_path(field, "user", path));
+            }
             return match maps {
                 Some(maps) if maps.has_root() => Ok(true),
                 Some(_) => Err(Error::unsupported(

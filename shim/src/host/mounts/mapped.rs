@@ -8,11 +8,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::sched::{CloneFlags, unshare};
-use rustix::fs::CWD;
+use rustix::fs::{CWD, Mode, OFlags, open};
 use rustix::io::{Errno, Result};
-use rustix::mount::{MountPropagationFlags, OpenTreeFlags, mount_change, open_tree};
+use rustix::mount::{
+    MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount_change, move_mount, open_tree,
+};
 
-use super::attach;
 use crate::host::mount_attributes;
 
 const COPY: OpenTreeFlags = OpenTreeFlags::OPEN_TREE_CLONE.union(OpenTreeFlags::OPEN_TREE_CLOEXEC);
@@ -36,25 +37,30 @@ pub(super) fn overlay(
     maps: BorrowedFd<'_>,
     make: impl FnOnce() -> Result<()> + Send,
 ) -> Result<OwnedFd> {
-    let layers = lower_layers(options);
     taken_from(target, || {
-        // Each over itself, so that the options lead to them.
-        for layer in &layers {
-            let mapped = open_tree(CWD, layer, COPY)?;
+        // Each over itself, so that the options lead to it.
+        for layer in lower_layers(options) {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let layer = open(&layer, flags, Mode::empty())?;
+            let mapped = open_tree(&layer, "", COPY | OpenTreeFlags::AT_EMPTY_PATH)?;
             mount_attributes::map_ids(mapped.as_fd(), maps)?;
-            attach(&mapped, layer)?;
+            // By what was opened: a link is no place for a mount.
+            let flags =
+                MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+            move_mount(&mapped, "", &layer, "", flags)?;
         }
         make()
     })
 }
 
 fn taken_from(target: &Path, make: impl FnOnce() -> Result<()> + Send) -> Result<OwnedFd> {
-    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    // What the host unmounts meanwhile goes here too, or its devices would stay in use.
+    let following = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     std::thread::scope(|scope| {
         let worker = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWNS)
                 .map_err(|errno| Errno::from_raw_os_error(errno as i32))?;
-            mount_change("/", private)?;
+            mount_change("/", following)?;
             make()?;
             open_tree(CWD, target, COPY)
         });
@@ -85,6 +91,71 @@ fn lower_layers(options: &[&str]) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::id_maps::IdMaps;
+    use crate::host::mounts::attach;
+    use crate::host::mounts::tests::{owner, private_mounts, tmpfs_at};
+
+    #[test]
+    fn whole_lets_go_of_what_the_host_unmounts_meanwhile() {
+        let Some(base) = private_mounts() else { return };
+        mount_change(base.path(), MountPropagationFlags::SHARED).expect("shares");
+        let at = |name: &str| base.path().join(name);
+        for name in ["other", "target"] {
+            std::fs::create_dir(at(name)).expect("makes");
+        }
+        tmpfs_at(&at("other"));
+        let (go, gone) = (std::sync::mpsc::channel(), std::sync::mpsc::channel());
+        let other = at("other");
+        let host = std::thread::spawn(move || {
+            go.1.recv().expect("is told");
+            rustix::mount::unmount(&other, rustix::mount::UnmountFlags::empty()).expect("unmounts");
+            gone.0.send(()).expect("tells");
+        });
+        let maps = IdMaps::of_options("0:65536:10", "0:65536:10").expect("maps");
+        let maps = maps.namespace().expect("namespace");
+        let held = std::sync::Mutex::new((go.0, gone.1, String::new()));
+        let make = || {
+            let mut held = held.lock().expect("unpoisoned");
+            held.0.send(()).expect("tells");
+            held.1.recv().expect("is told");
+            held.2 = std::fs::read_to_string("/proc/thread-self/mountinfo").expect("table");
+            tmpfs_at(&at("target"));
+            Ok(())
+        };
+        whole(&at("target"), maps.as_fd(), make).expect("mounts");
+        host.join().expect("has unmounted");
+        let seen = held.into_inner().expect("unpoisoned").2;
+        assert!(!seen.contains("/other "), "{seen}");
+        // Nothing of it came out.
+        let table = std::fs::read_to_string("/proc/thread-self/mountinfo").expect("table");
+        assert!(!table.contains("/target "), "{table}");
+    }
+
+    #[test]
+    fn overlay_of_a_layer_by_a_link_maps_it() {
+        let Some(base) = private_mounts() else { return };
+        let at = |name: &str| base.path().join(name);
+        for name in ["a", "b", "target"] {
+            std::fs::create_dir(at(name)).expect("makes");
+        }
+        for file in ["a/of-a", "b/of-b"] {
+            std::fs::write(at(file), "").expect("writes");
+        }
+        std::os::unix::fs::symlink("b", at("link")).expect("links");
+        let maps = IdMaps::of_options("0:65536:10", "0:65536:10").expect("maps");
+        let maps = maps.namespace().expect("namespace");
+        let data = format!("lowerdir={}:{}", at("link").display(), at("a").display());
+        let make = || {
+            let data = std::ffi::CString::new(data.as_str()).expect("no NUL");
+            let flags = rustix::mount::MountFlags::empty();
+            rustix::mount::mount("overlay", at("target"), "overlay", flags, Some(&*data))
+        };
+        let tree = overlay(&at("target"), &[&data], maps.as_fd(), make).expect("mounts");
+        attach(&tree, &at("target")).expect("attaches");
+        for file in ["of-a", "of-b"] {
+            assert_eq!(owner(&at("target").join(file)), (65536, 65536), "{file}");
+        }
+    }
 
     #[test]
     fn lower_layers_are_apart_at_colons_that_are_not_escaped() {

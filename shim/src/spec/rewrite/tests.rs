@@ -159,6 +159,9 @@ fn rewrite_user_namespace_of_the_first_container_is_the_pods() {
     assert_eq!(guest["linux"]["namespaces"][5], user);
     assert_eq!(guest["linux"]["uidMappings"], mappings(65536));
     assert!(refusal(spec.clone(), None).contains("needs both"));
+    let mut joining = with_mappings(spec.clone(), &mappings(65536));
+    joining["linux"]["namespaces"][5]["path"] = json!("/proc/123/ns/user");
+    assert!(refusal(joining, None).contains("/proc/123/ns/user"));
     let without_root = json!([{"containerID": 1, "hostID": 65536, "size": 10}]);
     assert!(refusal(with_mappings(spec, &without_root), None).contains("container id 0"));
 }

@@ -46,6 +46,7 @@ in_one 'cat /volume/there; echo of-the-pod >/volume/made; chown 7:8 /volume/made
 echo "on the host:" $(stat -c %u:%g volume/made)
 crictl exec $two cat /volume/made
 echo "first: $(in_one 'cat /proc/1/comm')"
+in_one 'ls /proc/1/fd' 2>/dev/null || echo "nobody's"
 echo "other's root: $(in_one 'readlink /proc/$(pidof tail)/root')"
 in_one 'ip link add made type dummy && ip link set made mtu 1400 && ip link show made' | grep -o 'mtu 1400'
 in_one 'mount -t tmpfs none /volume' >/dev/null 2>&1 || echo 'may not mount'
@@ -63,6 +64,7 @@ of-the-host
 on the host: 7:8
 of-the-pod
 first: pod-init
+nobody's
 other's root: /
 mtu 1400
 may not mount
