@@ -297,10 +297,7 @@ pub(super) fn attach_copy(
     access: Access,
     id_maps: Option<BorrowedFd<'_>>,
 ) -> rustix::io::Result<()> {
-    let tree = detached_copy(opened, recursive, access)?;
-    if let Some(maps) = id_maps {
-        mount_attributes::map_ids(tree.as_fd(), maps)?;
-    }
+    let tree = detached_copy(opened, recursive, access, id_maps)?;
     attach(&tree, target)
 }
 
@@ -310,19 +307,26 @@ fn attach(tree: &OwnedFd, target: &Path) -> rustix::io::Result<()> {
 }
 
 /// Attaches a copy of what `opened` refers to, without what is mounted below, over
-/// what `target` refers to. Returns the mount.
+/// what `target` refers to, its ids mapped by a user namespace if there is one. Returns
+/// the mount.
 pub(super) fn attach_copy_at(
     opened: &OwnedFd,
     target: &OwnedFd,
     access: Access,
+    id_maps: Option<BorrowedFd<'_>>,
 ) -> rustix::io::Result<OwnedFd> {
-    let tree = detached_copy(opened, false, access)?;
+    let tree = detached_copy(opened, false, access, id_maps)?;
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     move_mount(&tree, "", target, "", flags)?;
     Ok(tree)
 }
 
-fn detached_copy(opened: &OwnedFd, recursive: bool, access: Access) -> rustix::io::Result<OwnedFd> {
+fn detached_copy(
+    opened: &OwnedFd,
+    recursive: bool,
+    access: Access,
+    id_maps: Option<BorrowedFd<'_>>,
+) -> rustix::io::Result<OwnedFd> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH;
@@ -331,6 +335,9 @@ fn detached_copy(opened: &OwnedFd, recursive: bool, access: Access) -> rustix::i
     }
     let tree = open_tree(opened, "", flags)?;
     mount_attributes::disarm(tree.as_fd(), access)?;
+    if let Some(maps) = id_maps {
+        mount_attributes::map_ids(tree.as_fd(), maps)?;
+    }
     Ok(tree)
 }
 

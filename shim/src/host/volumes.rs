@@ -17,6 +17,7 @@
 //! containers of a pod, the guest sees to it.
 
 mod followed;
+mod wanted;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -37,6 +38,7 @@ use super::source::{self, FileId, Location, News, Part, Source};
 use followed::Followed;
 
 pub use followed::Followee;
+pub use wanted::{Below, Mapping, Wanted};
 
 /// Why a volume cannot be brought into the share.
 #[derive(Debug, Error)]
@@ -86,46 +88,11 @@ pub enum Error {
     },
 }
 
-/// What of the mounts below a source comes with it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Below {
-    /// None (`bind`).
-    Nothing,
-    /// Those that are there now (`rbind`).
-    Now,
-    /// Those that are there at any time (`rbind` with `rslave` or `rshared`).
-    Followed,
-}
-
-/// How a container has a source.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wanted {
-    /// What it may write to.
-    pub access: Access,
-    /// What comes with it.
-    pub below: Below,
-    /// Whose the files are for the guest, if not those who own them.
-    pub id_maps: Option<Mapping>,
-}
-
-/// How ids are mapped in a source.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mapping {
-    /// The ids.
-    pub maps: IdMaps,
-    /// In what is mounted below it as well, as far as it is there now.
-    pub recursive: bool,
-}
-
-impl Wanted {
-    /// With the ids that its files have.
-    pub fn unmapped(access: Access, below: Below) -> Self {
-        Self {
-            access,
-            below,
-            id_maps: None,
-        }
-    }
+/// How one mount of a source is had.
+#[derive(Clone, Copy)]
+struct Manner<'a> {
+    access: Access,
+    id_maps: Option<&'a IdMaps>,
 }
 
 /// Where a mount source is in the share.
@@ -289,8 +256,11 @@ impl Volumes {
             };
             let mapping = wanted.id_maps.as_ref();
             let mapping = mapping.filter(|mapping| mapping.recursive || !is_mount);
-            let id_maps = mapping.map(|mapping| &mapping.maps);
-            let placed = self.place_part(&source.path, part, access, id_maps)?;
+            let manner = Manner {
+                access,
+                id_maps: mapping.map(|mapping| &mapping.maps),
+            };
+            let placed = self.place_part(&source.path, part, manner)?;
             if is_mount {
                 below.push(PlacedBelow {
                     at: part.at.clone(),
@@ -300,7 +270,8 @@ impl Volumes {
                 });
             } else {
                 path = placed;
-                is_followed = wanted.below == Below::Followed && self.follow(source, access, &path);
+                is_followed = wanted.below == Below::Followed
+                    && self.follow(source, access, wanted.id_maps.as_ref(), &path);
             }
             let hidden = |at: &Path| {
                 recursive
@@ -310,7 +281,7 @@ impl Volumes {
                             && at.starts_with(&other.at)
                     })
             };
-            below.extend(self.known_inside(&source.path, part, access, id_maps, hidden)?);
+            below.extend(self.known_inside(&source.path, part, manner, hidden)?);
         }
         below.sort_by_key(|placed| placed.at.components().count());
         Ok(Placed {
@@ -322,7 +293,13 @@ impl Volumes {
 
     /// Passes on what is mounted below a source that is at `path`, now and later, if
     /// that can be done.
-    fn follow(&mut self, source: &Source, access: Access, path: &Path) -> bool {
+    fn follow(
+        &mut self,
+        source: &Source,
+        access: Access,
+        mapping: Option<&Mapping>,
+        path: &Path,
+    ) -> bool {
         let newcomers = match source.newcomers() {
             Ok(newcomers) => newcomers,
             Err(error) => {
@@ -341,7 +318,17 @@ impl Volumes {
         };
         let target = self.places[volume.place].path.join(volume.in_share());
         let mount = source.parts.first().map_or(0, |top| top.mount);
-        let new = || Followed::new(source.canonical.clone(), mount, target, access);
+        // The first who follows decides for the volume.
+        let maps = mapping.filter(|mapping| mapping.recursive);
+        let maps = maps.and_then(|mapping| self.user_namespaces.get(&mapping.maps));
+        let maps = match maps.map(OwnedFd::try_clone).transpose() {
+            Ok(maps) => maps,
+            Err(error) => {
+                tracing::warn!("mounts are not followed: {error}");
+                return false;
+            }
+        };
+        let new = || Followed::new(source.canonical.clone(), mount, target, access, maps);
         let followed = self.followed.entry(volume.number).or_insert_with(new);
         followed.also(access);
         followed.add(newcomers);
@@ -374,13 +361,12 @@ impl Volumes {
         &mut self,
         name: &Path,
         part: &Part,
-        access: Access,
-        id_maps: Option<&IdMaps>,
+        manner: Manner<'_>,
     ) -> Result<PathBuf, Error> {
-        let writable = access == Access::Writable;
+        let writable = manner.access == Access::Writable;
         // The innermost first: it is what others of its files are known by.
         let mut around: Vec<usize> = (0..self.known.len())
-            .filter(|&index| self.known[index].id_maps.as_ref() == id_maps)
+            .filter(|&index| self.known[index].id_maps.as_ref() == manner.id_maps)
             .filter(|&index| part.location.below(&self.known[index].location).is_some())
             .collect();
         around.sort_by_key(|&index| {
@@ -415,7 +401,7 @@ impl Volumes {
         if let Some(index) = replaced {
             self.known.remove(index);
         }
-        self.enter(name, part, access, id_maps)
+        self.enter(name, part, manner)
     }
 
     /// Volumes that lie inside `part`: the guest must see them there by the mount
@@ -424,8 +410,7 @@ impl Volumes {
         &mut self,
         name: &Path,
         part: &Part,
-        access: Access,
-        id_maps: Option<&IdMaps>,
+        manner: Manner<'_>,
         hidden: impl Fn(&Path) -> bool,
     ) -> Result<Vec<PlacedBelow>, Error> {
         let mut inside = Vec::new();
@@ -437,7 +422,7 @@ impl Volumes {
             let Some(way) = volume.location.below(&part.location) else {
                 continue;
             };
-            if volume.id_maps.as_ref() != id_maps {
+            if volume.id_maps.as_ref() != manner.id_maps {
                 continue;
             }
             let at = part.at.join(way);
@@ -445,7 +430,7 @@ impl Volumes {
             if way.as_os_str().is_empty() || hidden(&at) || !is_there() {
                 continue;
             }
-            if access == Access::Writable && volume.read_only {
+            if manner.access == Access::Writable && volume.read_only {
                 self.make_writable(index, name)?;
             }
             inside.push(PlacedBelow {
@@ -462,15 +447,16 @@ impl Volumes {
     ///
     /// Access is denied here and not in the guest only: a guest that was taken
     /// over would ask the file server directly.
-    fn enter(
-        &mut self,
-        name: &Path,
-        part: &Part,
-        access: Access,
-        id_maps: Option<&IdMaps>,
-    ) -> Result<PathBuf, Error> {
+    fn enter(&mut self, name: &Path, part: &Part, manner: Manner<'_>) -> Result<PathBuf, Error> {
+        let Manner { access, id_maps } = manner;
         if let Some(maps) = id_maps {
             self.make_user_namespace(maps)?;
+        }
+        if self.has_otherwise(part, id_maps) {
+            tracing::warn!(
+                "the pod has {} with its ids mapped in two ways: files, locks and sockets of the one are not the other's",
+                name.display()
+            );
         }
         let volume = Volume {
             place: self.place_for(part),
@@ -509,6 +495,15 @@ impl Volumes {
         let path = volume.path();
         self.known.push(volume);
         Ok(path)
+    }
+
+    /// Whether a volume shows these files already, or some of them, with other owners.
+    fn has_otherwise(&self, part: &Part, id_maps: Option<&IdMaps>) -> bool {
+        self.known.iter().any(|known| {
+            let overlaps = part.location.below(&known.location).is_some()
+                || known.location.below(&part.location).is_some();
+            overlaps && known.id_maps.as_ref() != id_maps
+        })
     }
 
     fn make_user_namespace(&mut self, maps: &IdMaps) -> Result<(), Error> {

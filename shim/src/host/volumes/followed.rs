@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, ResolveFlags, open, openat2};
@@ -47,6 +47,8 @@ pub(super) struct Followed {
     /// The volume in the share, on the host: a name that the guest cannot change.
     target: PathBuf,
     access: Access,
+    /// The user namespace that maps their ids, if they are mapped like the directory's.
+    id_maps: Option<OwnedFd>,
     attached: BTreeMap<u64, Attached>,
 }
 
@@ -58,12 +60,19 @@ struct Attached {
 }
 
 impl Followed {
-    pub(super) fn new(directory: PathBuf, mount: u64, target: PathBuf, access: Access) -> Self {
+    pub(super) fn new(
+        directory: PathBuf,
+        mount: u64,
+        target: PathBuf,
+        access: Access,
+        id_maps: Option<OwnedFd>,
+    ) -> Self {
         Self {
             directory,
             mount,
             target,
             access,
+            id_maps,
             attached: BTreeMap::new(),
         }
     }
@@ -126,7 +135,13 @@ impl Followed {
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
         let at = &newcomer.mounted.at;
         let at = openat2(&volume, at, flags, Mode::empty(), resolve)?;
-        Ok(mounts::attach_copy_at(&newcomer.opened, &at, self.access)?)
+        let maps = self.id_maps.as_ref().map(OwnedFd::as_fd);
+        Ok(mounts::attach_copy_at(
+            &newcomer.opened,
+            &at,
+            self.access,
+            maps,
+        )?)
     }
 
     fn keep(&mut self, stays: impl Fn(u64, &Mounted) -> bool) {

@@ -58,6 +58,30 @@ fn below(at: &str, path: &str, is_mount: bool) -> PlacedBelow {
 }
 
 #[test]
+fn place_followed_with_ids_mapped_all_the_way_maps_what_is_below() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let source = scene.make("volume");
+    tmpfs_at(&scene.make("volume/now"));
+    for (recursive, wanted) in [(true, 65536), (false, 0)] {
+        let maps = if recursive {
+            "0:65536:10"
+        } else {
+            "0:65536:11"
+        };
+        let wish = Wanted {
+            id_maps: IdMaps::of_options(maps, maps).map(|maps| Mapping { maps, recursive }),
+            ..Wanted::unmapped(Writable, Below::Followed)
+        };
+        let source = Source::open(&source).expect("opens");
+        let placed = scene.volumes.place(&source, &wish).expect("places");
+        let now = scene.at("share").join(placed.path).join("now");
+        assert_eq!(owner(&now), (wanted, wanted));
+    }
+}
+
+#[test]
 fn place_with_mapped_ids_is_another_volume_than_without() {
     let Some(mut scene) = Scene::new() else {
         return;
