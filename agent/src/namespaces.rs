@@ -14,6 +14,7 @@ use agent_protocol::{POD_DIR, api::UserNamespace};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, setns, unshare},
+    sys::resource::{RLIM_INFINITY, Resource, setrlimit},
     unistd::{Gid, Uid, setgroups, sethostname, setresgid, setresuid},
 };
 
@@ -152,6 +153,15 @@ pub fn maker_main() -> ! {
 }
 
 fn make() -> io::Result<()> {
+    // What its maker may have, soft, all members of the namespace may have between
+    // them (create_user_ns): each has limits of its own already.
+    for shared in [
+        Resource::RLIMIT_MEMLOCK,
+        Resource::RLIMIT_MSGQUEUE,
+        Resource::RLIMIT_SIGPENDING,
+    ] {
+        setrlimit(shared, RLIM_INFINITY, RLIM_INFINITY)?;
+    }
     unshare(CloneFlags::CLONE_NEWUSER)?;
     println!("{MADE}");
     // Until it has its maps.
