@@ -65,12 +65,6 @@ const fn wrong(
 
 /// All that are known.
 pub const KNOWN: &[Known] = &[
-    refused(
-        &[Bulkhead],
-        "mounts: idmap",
-        "idmap mounts not supported",
-        "containerd asks the shim's features first, which do not name them yet",
-    ),
     wrong(
         &[Bulkhead],
         "linux.namespaces: no cgroup",
