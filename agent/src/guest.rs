@@ -14,12 +14,12 @@ use nix::{
 };
 use thiserror::Error;
 
+use crate::guest_memory;
+
 /// Parent cgroup of every container.
 pub const CONTAINERS_CGROUP: &str = "/sys/fs/cgroup/pod";
 /// The agent's own cgroup, outside the containers' limits.
 const AGENT_CGROUP: &str = "/sys/fs/cgroup/agent";
-/// Memory that containers cannot take from the kernel and the agent.
-const RESERVE_BYTES: u64 = 32 * 1024 * 1024;
 /// Processes and threads that containers cannot take from the kernel and the
 /// agent. A kernel of few vCPUs has about a hundred; the agent has a handful, one
 /// more for each call that blocks, and a helper for each creation.
@@ -205,8 +205,7 @@ pub fn prepare_cgroups() -> Result<(), GuestError> {
     write(root.join("cgroup.subtree_control"), &enable)?;
     let containers = Path::new(CONTAINERS_CGROUP);
     write(containers.join("cgroup.subtree_control"), &enable)?;
-    let limit = memory_total_bytes()?.saturating_sub(RESERVE_BYTES);
-    write(containers.join("memory.max"), &limit.to_string())?;
+    guest_memory::fit()?;
     // Or a fork bomb leaves the agent no thread to serve a call with.
     write(
         containers.join("pids.max"),
@@ -248,24 +247,6 @@ fn number_in(path: &'static str) -> Result<u64, GuestError> {
         .map_err(|_| failed(io::ErrorKind::InvalidData.into()))
 }
 
-fn memory_total_bytes() -> Result<u64, GuestError> {
-    let path = "/proc/meminfo";
-    let prepared = |source| GuestError::Prepare {
-        path: path.into(),
-        source,
-    };
-    let text = fs::read_to_string(path).map_err(prepared)?;
-    parse_memory_total(&text).ok_or_else(|| prepared(io::ErrorKind::InvalidData.into()))
-}
-
-fn parse_memory_total(meminfo: &str) -> Option<u64> {
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(1024)
-}
-
 fn write(path: impl AsRef<Path>, text: &str) -> Result<(), GuestError> {
     fs::write(&path, text).map_err(|source| GuestError::Prepare {
         path: path.as_ref().into(),
@@ -278,12 +259,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parse_memory_total_line_of_meminfo_is_bytes() {
-        let text = "MemTotal:         500456 kB\nMemFree:          471300 kB\n";
-        assert_eq!(parse_memory_total(text), Some(500_456 * 1024));
-    }
-
-    #[test]
     fn tasks_beside_reserve_leaves_512_or_half() {
         assert_eq!(tasks_beside_reserve(32768), 32768 - 512);
         assert_eq!(tasks_beside_reserve(800), 400);
@@ -293,10 +268,5 @@ mod tests {
     fn containers_tasks_of_this_kernel_are_fewer_than_it_has() {
         let tasks = containers_tasks().expect("limits");
         assert!(tasks < number_in("/proc/sys/kernel/threads-max").expect("limit"));
-    }
-
-    #[test]
-    fn parse_memory_total_without_the_line_is_none() {
-        assert_eq!(parse_memory_total("MemFree: 1 kB\n"), None);
     }
 }

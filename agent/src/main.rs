@@ -9,6 +9,7 @@ mod containers;
 mod entropy;
 mod forward;
 mod guest;
+mod guest_memory;
 mod kernel_calls;
 mod namespaces;
 mod network;

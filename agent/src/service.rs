@@ -12,14 +12,15 @@ use agent_protocol::{
         AdjustTimeRequest, AdjustTimeResponse, CloseStdinRequest, CloseStdinResponse,
         ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
         CreateContainerResponse, CreatePodRequest, CreatePodResponse, DeleteProcessRequest,
-        DeleteProcessResponse, ExecProcessRequest, ExecProcessResponse, HelloRequest,
-        HelloResponse, ListProcessesRequest, ListProcessesResponse, LoadApparmorPolicyRequest,
-        LoadApparmorPolicyResponse, PauseContainerRequest, PauseContainerResponse,
-        ResizeTerminalRequest, ResizeTerminalResponse, ResumeContainerRequest,
-        ResumeContainerResponse, SetNetworkRequest, SetNetworkResponse, SetSysctlsRequest,
-        SetSysctlsResponse, ShutdownRequest, ShutdownResponse, SignalProcessRequest,
-        SignalProcessResponse, StartProcessRequest, StartProcessResponse, UpdateContainerRequest,
-        UpdateContainerResponse, WaitProcessRequest, WaitProcessResponse,
+        DeleteProcessResponse, ExecProcessRequest, ExecProcessResponse, FitMemoryRequest,
+        FitMemoryResponse, HelloRequest, HelloResponse, ListProcessesRequest,
+        ListProcessesResponse, LoadApparmorPolicyRequest, LoadApparmorPolicyResponse,
+        PauseContainerRequest, PauseContainerResponse, ResizeTerminalRequest,
+        ResizeTerminalResponse, ResumeContainerRequest, ResumeContainerResponse, SetNetworkRequest,
+        SetNetworkResponse, SetSysctlsRequest, SetSysctlsResponse, ShutdownRequest,
+        ShutdownResponse, SignalProcessRequest, SignalProcessResponse, StartProcessRequest,
+        StartProcessResponse, UpdateContainerRequest, UpdateContainerResponse, WaitProcessRequest,
+        WaitProcessResponse,
     },
     service::Agent,
 };
@@ -34,7 +35,7 @@ use ttrpc::{Code, r#async::TtrpcContext};
 use crate::{
     apparmor, clock,
     containers::Containers,
-    entropy,
+    entropy, guest_memory,
     network::Network,
     pod,
     reaper::Exit,
@@ -129,6 +130,24 @@ impl Agent for Service {
         })
         .await?;
         Ok(SetSysctlsResponse::default())
+    }
+
+    async fn fit_memory(
+        &self,
+        _: &TtrpcContext,
+        _: FitMemoryRequest,
+    ) -> ttrpc::Result<FitMemoryResponse> {
+        let total_bytes = to_its_end(async {
+            spawn_blocking(guest_memory::fit)
+                .await
+                .map_err(|error| internal(&error))?
+                .map_err(|error| internal(&error))
+        })
+        .await?;
+        Ok(FitMemoryResponse {
+            total_bytes,
+            ..FitMemoryResponse::default()
+        })
     }
 
     async fn load_apparmor_policy(

@@ -138,6 +138,7 @@ fn configure(options: &Options, descriptors: &mut Descriptors) -> Result<VmConfi
         },
         memory: Memory {
             size_mib: options.memory,
+            max_mib: options.memory,
         },
         boot: Boot {
             kernel: descriptors.open(&options.kernel)?,

@@ -9,8 +9,8 @@
 //! 0x1_0000_0000 RAM           what does not fit below the hole
 //! ```
 //!
-//! Above the last RAM nothing is placed: that is where memory that is plugged
-//! into the running guest will go.
+//! Behind the last RAM, and above the hole, lies the memory that is plugged into the
+//! running guest ([`crate::memory::plug_span`]).
 
 /// Bytes of a page.
 pub const PAGE_SIZE: u64 = 4096;
@@ -38,6 +38,10 @@ pub const HIGH_RAM: u64 = 0x10_0000;
 pub const HOLE_START: u64 = 0xc000_0000;
 /// Start of the RAM above the hole: 4 GiB.
 pub const HOLE_END: u64 = 0x1_0000_0000;
+
+/// Where memory that is plugged later may begin: the largest unit in which Linux
+/// adds memory on x86 (`MAX_BLOCK_SIZE` of `arch/x86/mm/init_64.c`).
+pub const PLUG_ALIGNMENT: u64 = 2 << 30;
 
 /// First virtio-mmio slot.
 pub const VIRTIO_MMIO: u64 = 0xd000_0000;

@@ -25,6 +25,8 @@ pub struct State {
     pub guest_ready: bool,
     /// The guest's kernel says that it panicked; it usually goes on to reset.
     pub panicked: bool,
+    /// How much of the memory that can be plugged is.
+    pub plugged_bytes: u64,
     /// Why the VM has ended, once it has.
     pub ended: Option<ExitReason>,
 }
@@ -52,6 +54,11 @@ impl Lifecycle {
     /// The guest's kernel has panicked and is about to end.
     pub fn report_panic(&self) {
         self.report(|state| state.panicked = true);
+    }
+
+    /// The guest has so much of the memory that can be plugged.
+    pub fn report_plugged(&self, bytes: u64) {
+        self.report(|state| state.plugged_bytes = bytes);
     }
 
     /// The VM has ended for this reason. A reset after a panic is the panic.

@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use thiserror::Error;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_config::control::{Exit, ExitReason, Timings};
 use vmm_config::{ConfigError, VmConfig};
 use vmm_devices::ramoops::{self, is_panic};
 use vmm_devices::{
-    FileSystem, FileSystemConfig, FileSystemError, Net, Rng, Serial, Vsock, VsockConfig,
+    FileSystem, FileSystemConfig, FileSystemError, Mem, MemConfig, MemError, MemSize, Net, Rng,
+    Serial, TooMuch, Vsock, VsockConfig,
 };
 
 use crate::bus::{Bus, Overlap};
@@ -63,6 +64,26 @@ pub enum BootError {
     /// A file system.
     #[error(transparent)]
     FileSystem(#[from] FileSystemError),
+    /// The memory that can be plugged.
+    #[error(transparent)]
+    Plug(#[from] MemError),
+}
+
+/// Memory that the VM cannot have.
+#[derive(Debug, Error)]
+pub enum ResizeError {
+    /// Less than it has started with.
+    #[error("the VM has started with {booted_mib} MiB of memory, which it keeps")]
+    TooLittle {
+        /// What it has started with.
+        booted_mib: u32,
+    },
+    /// More than it can.
+    #[error(transparent)]
+    TooMuch(#[from] TooMuch),
+    /// It has none to plug.
+    #[error("the VM has a fixed size")]
+    Fixed,
 }
 
 /// A VM that runs.
@@ -71,6 +92,9 @@ pub struct Machine {
     devices: Arc<Surroundings>,
     slots: Slots,
     memory: GuestMemoryMmap,
+    booted_mib: u32,
+    /// Of the memory that can be plugged.
+    plug: Option<MemSize>,
 }
 
 impl Machine {
@@ -146,6 +170,7 @@ impl Machine {
             })?;
             slots.add(&mut mmio, &name, Box::new(device))?;
         }
+        let plug = add_plug(&mut slots, &mut mmio, config, &memory, lifecycle)?;
         slots.leave_rest_empty(&mut mmio)?;
 
         // All vCPUs exist before the first runs: it may start the others at once.
@@ -171,6 +196,8 @@ impl Machine {
             devices,
             slots,
             memory,
+            booted_mib: config.memory.size_mib,
+            plug,
         };
         Ok((machine, timings))
     }
@@ -191,6 +218,25 @@ impl Machine {
         self.slots.unplug(&self.devices.mmio, slot)
     }
 
+    /// Asks the guest to have this much memory in all, and returns how much that is when
+    /// it is rounded up.
+    ///
+    /// # Errors
+    /// When it is less than the VM has started with, or more than it can have.
+    pub fn resize_memory(&self, size_mib: u32) -> Result<u32, ResizeError> {
+        let plug = self.plug.as_ref().ok_or(ResizeError::Fixed)?;
+        let booted_mib = self.booted_mib;
+        let more = size_mib.checked_sub(booted_mib);
+        let more = more.ok_or(ResizeError::TooLittle { booted_mib })?;
+        let requested = plug.request(u64::from(more) << 20)?;
+        Ok(self.with_plugged(requested))
+    }
+
+    /// How much memory the guest has in all, in MiB, with so much of what can be plugged.
+    pub fn with_plugged(&self, bytes: u64) -> u32 {
+        self.booted_mib + u32::try_from(bytes >> 20).unwrap_or(u32::MAX - self.booted_mib)
+    }
+
     /// Ends the VM: stops the vCPUs, calls `tell` with the reason and what the
     /// guest left behind, and only then closes the devices. The launcher would
     /// otherwise learn from its connections to the guest that they are gone,
@@ -201,9 +247,34 @@ impl Machine {
             devices,
             slots: _slots,
             memory,
+            ..
         } = self;
         end(vcpus, devices, || tell(describe_exit(reason, &memory)));
     }
+}
+
+/// The device of the memory that can be plugged, if there is any.
+fn add_plug(
+    slots: &mut Slots,
+    mmio: &mut Bus,
+    config: &VmConfig,
+    memory: &GuestMemoryMmap,
+    lifecycle: &Arc<Lifecycle>,
+) -> Result<Option<MemSize>, BootError> {
+    let span = memory::plug_span(config.memory);
+    let mapped = |span: &memory::Span| memory.find_region(GuestAddress(span.start)).is_some();
+    let Some(span) = span.filter(mapped) else {
+        return Ok(None);
+    };
+    let lifecycle = Arc::clone(lifecycle);
+    let device = Mem::try_new(MemConfig {
+        start: span.start,
+        bytes: span.size,
+        changed: Arc::new(move |bytes| lifecycle.report_plugged(bytes)),
+    })?;
+    let size = device.size();
+    slots.add(mmio, "memory device", Box::new(device))?;
+    Ok(Some(size))
 }
 
 fn end(vcpus: VcpuThreads, devices: Arc<Surroundings>, tell: impl FnOnce()) {

@@ -108,6 +108,7 @@ fn wait_for_end(
     machine: &mut Machine,
 ) -> Result<ExitReason, RunError> {
     let mut told_ready = false;
+    let mut told_plugged = 0;
     let mut panic_deadline = None;
     loop {
         let (control_ready, lifecycle_ready) = wait(control, lifecycle, panic_deadline)?;
@@ -116,6 +117,11 @@ fn wait_for_end(
             if state.guest_ready && !told_ready {
                 told_ready = true;
                 control.send(&Event::GuestReady);
+            }
+            if state.plugged_bytes != told_plugged {
+                told_plugged = state.plugged_bytes;
+                let size_mib = machine.with_plugged(told_plugged);
+                control.send(&Event::MemoryResized { size_mib });
             }
             if let Some(reason) = state.ended {
                 return Ok(reason);

@@ -5,7 +5,8 @@ use thiserror::Error;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_config::Memory;
 
-use crate::layout::{HIGH_RAM, HOLE_END, HOLE_START, RAMOOPS};
+use crate::layout::{HIGH_RAM, HOLE_END, HOLE_START, PLUG_ALIGNMENT, RAMOOPS};
+use crate::log::log;
 
 /// Memory that the host refuses.
 #[derive(Debug, Error)]
@@ -15,6 +16,10 @@ pub struct MemoryError {
     #[source]
     source: vm_memory::mmap::FromRangesError,
 }
+
+/// Linux adds memory in blocks of 128 MiB, of which it may use a part: a region that
+/// ends within one could not be used to its end.
+const PLUG_GRANULARITY: u64 = 128 << 20;
 
 /// A stretch of guest physical addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,16 +55,37 @@ pub fn ram_spans(memory: Memory) -> Vec<Span> {
     spans
 }
 
-/// Maps guest memory: anonymous and private, one mapping per span of RAM.
-/// Nothing is allocated before the guest touches it.
+/// Where the memory is that may be plugged later, if there may be any: behind all
+/// RAM, and above the hole.
+pub fn plug_span(memory: Memory) -> Option<Span> {
+    let bytes = u64::from(memory.max_mib - memory.size_mib) << 20;
+    let ram_end = ram_spans(memory).last().map_or(0, |span| span.end());
+    (bytes > 0).then(|| Span {
+        start: ram_end.max(HOLE_END).next_multiple_of(PLUG_ALIGNMENT),
+        size: bytes.next_multiple_of(PLUG_GRANULARITY),
+    })
+}
+
+/// Maps guest memory: anonymous and private, one mapping per span of RAM, and one for
+/// all that may be plugged. Nothing is allocated before the guest touches it. Where
+/// the host does not let so much be promised, there is only the RAM.
 ///
 /// # Errors
-/// When the host refuses the mapping.
+/// When the host refuses that too.
 pub fn map(memory: Memory) -> Result<GuestMemoryMmap, MemoryError> {
-    let ranges: Vec<_> = ram_spans(memory)
-        .into_iter()
-        .map(|span| (GuestAddress(span.start), span.size as usize))
-        .collect();
+    let range = |span: Span| (GuestAddress(span.start), span.size as usize);
+    let mut ranges: Vec<_> = ram_spans(memory).into_iter().map(range).collect();
+    if let Some(span) = plug_span(memory) {
+        ranges.push(range(span));
+        match GuestMemoryMmap::from_ranges(&ranges) {
+            Ok(mapped) => return Ok(mapped),
+            Err(error) => log(&format!(
+                "the VM's memory cannot grow: the host does not map {} MiB for that ({error}): check vm.overcommit_memory",
+                span.size >> 20
+            )),
+        }
+        ranges.pop();
+    }
     GuestMemoryMmap::from_ranges(&ranges).map_err(|source| MemoryError {
         size_mib: memory.size_mib,
         source,
@@ -104,13 +130,17 @@ mod tests {
             MIN_MEMORY_MIB..=MAX_MEMORY_MIB,
             HOLE_START_MIB - 2..=HOLE_START_MIB + 2,
         ]
-        .prop_map(|size_mib| Memory { size_mib })
+        .prop_flat_map(|size_mib| {
+            let most = prop_oneof![Just(size_mib), size_mib..=MAX_MEMORY_MIB];
+            most.prop_map(move |max_mib| Memory { size_mib, max_mib })
+        })
     }
 
     #[test]
     fn ram_spans_of_exactly_the_hole_start_is_one() {
         let memory = Memory {
             size_mib: HOLE_START_MIB,
+            max_mib: HOLE_START_MIB,
         };
         assert_eq!(
             ram_spans(memory),
@@ -130,6 +160,22 @@ mod tests {
             for span in spans {
                 prop_assert!(span.size > 0);
                 prop_assert!(span.end() <= HOLE_START || span.start >= HOLE_END);
+            }
+        }
+
+        #[test]
+        fn plug_span_any_size_lies_behind_all_ram_and_has_room(memory in sizes()) {
+            let Some(span) = plug_span(memory) else {
+                prop_assert_eq!(memory.size_mib, memory.max_mib);
+                return Ok(());
+            };
+            for ram in ram_spans(memory) {
+                prop_assert!(ram.end() <= span.start);
+            }
+            prop_assert!(span.start >= HOLE_END);
+            prop_assert!(span.size >> 20 >= u64::from(memory.max_mib - memory.size_mib));
+            for number in [span.start, span.size] {
+                prop_assert!(number.is_multiple_of(vmm_devices::Mem::BLOCK_BYTES));
             }
         }
 

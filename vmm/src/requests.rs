@@ -31,6 +31,7 @@ enum NetworkError {
 pub fn answer(machine: &mut Machine, request: &Request, descriptors: Descriptors) -> Option<Event> {
     let valid = request.validate(descriptors.count());
     let answered = match *request {
+        Request::ResizeMemory { size_mib } => return Some(resize(machine, valid, size_mib)),
         Request::AddNetwork(network) => valid
             .map_err(NetworkError::from)
             .and_then(|()| add_network(machine, network, descriptors)),
@@ -46,6 +47,17 @@ pub fn answer(machine: &mut Machine, request: &Request, descriptors: Descriptors
     Some(answered.unwrap_or_else(|error| Event::NetworkRefused {
         error: describe(&error),
     }))
+}
+
+fn resize(machine: &Machine, valid: Result<(), ConfigError>, size_mib: u32) -> Event {
+    let resized = valid.map_err(|error| describe(&error)).and_then(|()| {
+        let resized = machine.resize_memory(size_mib);
+        resized.map_err(|error| describe(&error))
+    });
+    match resized {
+        Ok(size_mib) => Event::MemoryRequested { size_mib },
+        Err(error) => Event::ResizeRefused { error },
+    }
 }
 
 fn add_network(

@@ -276,6 +276,20 @@ impl PodCgroup {
         fs::write(limit, bytes.to_string()).map_err(failed("limit the memory of", &self.pod))
     }
 
+    /// What the cgroups above the pod's leave it of the host's memory, in bytes: the
+    /// least of their `memory.max`, if any of them has one.
+    pub fn memory_granted(&self) -> Option<u64> {
+        let above = self.pod.ancestors().skip(1);
+        above
+            .take_while(|cgroup| *cgroup != self.hierarchy)
+            .filter_map(|cgroup| {
+                let limit = fs::read_to_string(cgroup.join("memory.max")).ok()?;
+                // "max" is none.
+                limit.trim().parse::<u64>().ok()
+            })
+            .min()
+    }
+
     /// Moves this process into the pod's cgroup and returns where it was,
     /// relative to the hierarchy.
     pub fn adopt_self(&self) -> Result<PathBuf, Error> {

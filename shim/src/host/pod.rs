@@ -165,9 +165,9 @@ pub struct HostPod {
 /// That is its RAM; for each inode that it has cached, of which it holds 1 KiB,
 /// the host's own, pinned by a descriptor of the file server, with up to 2 KiB;
 /// and the processes themselves. The host's page cache is given back in time.
-fn memory_limit(memory: vmm_config::Memory) -> u64 {
+fn memory_limit(size_mib: u32) -> u64 {
     const PROCESSES_MIB: u64 = 256;
-    (3 * u64::from(memory.size_mib) + PROCESSES_MIB) << 20
+    (3 * u64::from(size_mib) + PROCESSES_MIB) << 20
 }
 
 /// What [`HostPod::create`] makes.
@@ -258,6 +258,20 @@ impl HostPod {
         self.cgroup.path()
     }
 
+    /// The memory that the host grants the pod and whatever is beside it in the
+    /// cgroups above its own, in bytes, if that is limited.
+    pub fn memory_granted(&self) -> Option<u64> {
+        self.cgroup.memory_granted()
+    }
+
+    /// Bounds the pod's memory on the host, for a VM of this size.
+    pub fn limit_memory(&self, size_mib: u32) {
+        if let Err(error) = self.cgroup.limit_memory(memory_limit(size_mib)) {
+            // The VM's size bounds nearly all of it in any case.
+            tracing::warn!("the pod's memory on the host is not limited: {error}");
+        }
+    }
+
     /// Starts the file servers, `remote_shares` of them for a network or user-space
     /// file system each, and the monitor in their jails and sends `Boot`. Returns
     /// when all execute; the guest boots meanwhile.
@@ -271,11 +285,7 @@ impl HostPod {
             let share = Share::create(&self.paths.remote_share(number))?;
             self.volumes.add_share(share.path());
         }
-        let most = memory_limit(request.memory);
-        if let Err(error) = self.cgroup.limit_memory(most) {
-            // The VM's size bounds nearly all of it in any case.
-            tracing::warn!("the pod's memory on the host is not limited: {error}");
-        }
+        self.limit_memory(request.memory.size_mib);
         let installed = installation.open().map_err(vm::Error::from)?;
         let kvm = install::open_kvm().map_err(vm::Error::from)?;
         self.start_processes(installed, kvm, request)

@@ -9,11 +9,11 @@ use std::time::Duration;
 use agent_protocol::api::stream_header::Kind;
 use agent_protocol::api::{
     AdjustTimeRequest, ContainerStatsRequest, CreateContainerRequest, CreatePodRequest,
-    DeleteProcessRequest, ExecProcessRequest, HelloRequest, LoadApparmorPolicyRequest, Metrics,
-    PauseContainerRequest, ProcessId, ResizeTerminalRequest, ResumeContainerRequest,
-    SetNetworkRequest, SetSysctlsRequest, ShutdownRequest, SignalProcessRequest,
-    StartProcessRequest, Stdio, StreamHeader, UpdateContainerRequest, WaitProcessRequest,
-    WaitProcessResponse,
+    DeleteProcessRequest, ExecProcessRequest, FitMemoryRequest, HelloRequest,
+    LoadApparmorPolicyRequest, Metrics, PauseContainerRequest, ProcessId, ResizeTerminalRequest,
+    ResumeContainerRequest, SetNetworkRequest, SetSysctlsRequest, ShutdownRequest,
+    SignalProcessRequest, StartProcessRequest, Stdio, StreamHeader, UpdateContainerRequest,
+    WaitProcessRequest, WaitProcessResponse,
 };
 use agent_protocol::service::AgentClient;
 use agent_protocol::{
@@ -399,6 +399,18 @@ impl Agent {
         )
         .await
         .map(drop)
+    }
+
+    /// Has the guest bound its containers by the memory that it has now, which is
+    /// returned in bytes.
+    pub async fn fit_memory(&self) -> Result<u64, Error> {
+        call(
+            "fit the containers to the guest's memory",
+            self.client
+                .fit_memory(bounded(CALL_TIMEOUT), &FitMemoryRequest::default()),
+        )
+        .await
+        .map(|answer| answer.total_bytes)
     }
 
     /// What a container uses and is limited to, also after its end.

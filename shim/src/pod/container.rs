@@ -113,6 +113,7 @@ impl Container {
         let profile = host_view.apparmor_profile.clone();
         let pod_sysctls = host_view.pod_sysctls.clone();
         let follows_mounts = host_view.follows_mounts;
+        let limits = host_view.limits;
         let created = async {
             let (pid, spec_json) =
                 Self::create_on_host(pod, request, host_view, guest_spec).await?;
@@ -128,6 +129,7 @@ impl Container {
             };
             let agent = pod.agent().await?;
             if behind != Behind::Pause {
+                pod.make_room(&id, limits).await;
                 if follows_mounts {
                     pod.follow_mounts().await?;
                 }
@@ -216,6 +218,7 @@ impl Container {
     /// The host's part, when the guest has let go of it. Its hooks hold up
     /// nobody else in the pod.
     async fn remove_from_host(pod: &Pod, id: &str) -> Result<(), Error> {
+        pod.give_up_room(id);
         let own_id = id.to_owned();
         let dismantled = pod.on_host(move |host| host.dismantle_container(&own_id));
         let Some(poststop) = dismantled.await?.transpose()?.flatten() else {
@@ -283,6 +286,7 @@ impl Container {
     async fn end(&self, pod: &Pod, events: &Events, exit: Exit) {
         let execs_first = self.end_execs(pod, events, None);
         self.init.end_after(pod, events, exit, execs_first).await;
+        pod.give_up_room(self.id());
     }
 
     /// Its pod's VM has ended under it.
@@ -452,8 +456,15 @@ impl Container {
     pub async fn update(&self, pod: &Pod, linux_resources_json: Vec<u8>) -> Result<(), CallError> {
         self.check_is_guest()?;
         let agent = pod.agent().await?;
-        let updated = agent.update(self.id(), linux_resources_json);
-        Ok(pod.explain(updated.await).await?)
+        // What is wrong with it, the agent tells.
+        let resources = serde_json::from_slice(&linux_resources_json).unwrap_or_default();
+        let before = pod.change_room(self.id(), &resources).await;
+        let updated = agent.update(self.id(), linux_resources_json).await;
+        match updated {
+            Ok(()) => pod.settle_room(),
+            Err(_) => pod.restore_room(self.id(), before),
+        }
+        Ok(pod.explain(updated).await?)
     }
 
     /// What it uses and is limited to, until it is deleted. Nothing of the

@@ -35,6 +35,10 @@ pub trait HostSide: Send + 'static {
         size: Size,
         remote_shares: usize,
     ) -> Result<Machine, StartError>;
+    /// [`HostPod::memory_granted`].
+    fn memory_granted(&mut self) -> Option<u64>;
+    /// [`HostPod::limit_memory`].
+    fn limit_memory(&mut self, size_mib: u32);
     /// [`HostPod::set_network`].
     fn set_network(&mut self, network: &Network) -> Result<(), Error>;
     /// [`HostPod::scan_network`].
@@ -126,7 +130,15 @@ impl HostSide for Real {
         let vm = self
             .pod
             .start_vm(&self.installation, request, remote_shares)?;
-        supervise(vm).map_err(StartError::Watch)
+        supervise(vm, size.memory).map_err(StartError::Watch)
+    }
+
+    fn memory_granted(&mut self) -> Option<u64> {
+        self.pod.memory_granted()
+    }
+
+    fn limit_memory(&mut self, size_mib: u32) {
+        self.pod.limit_memory(size_mib);
     }
 
     fn set_network(&mut self, network: &Network) -> Result<(), Error> {

@@ -8,7 +8,7 @@ use tokio::time::timeout;
 use vmm_config::control::Request;
 use vmm_config::{FdIndex, Network};
 
-/// How long the monitor may take to change a device: it waits for nobody's files,
+/// How long the monitor may take to change the VM: it waits for nobody's files,
 /// nor for the guest.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -34,18 +34,19 @@ pub enum State {
 #[derive(Clone, Debug)]
 pub struct Machine {
     state: watch::Receiver<State>,
+    memory_mib: watch::Receiver<u32>,
     stop: mpsc::UnboundedSender<String>,
     changes: mpsc::UnboundedSender<Change>,
 }
 
-/// A change of a running VM's devices.
+/// A change of a running VM.
 #[derive(Debug)]
 pub struct Change {
     /// For the monitor.
     pub request: Request,
     /// What goes with it.
     pub descriptor: Option<OwnedFd>,
-    /// The virtio slot in question, or why it cannot be.
+    /// The virtio slot in question, or the size, or why it cannot be.
     pub answer: oneshot::Sender<Result<u32, String>>,
 }
 
@@ -54,25 +55,30 @@ pub struct Change {
 pub struct Watcher {
     /// Set as the VM proceeds.
     pub state: watch::Sender<State>,
+    /// Set as its memory grows and shrinks.
+    pub memory_mib: watch::Sender<u32>,
     /// Requests to end it at once, with the reason.
     pub stop: mpsc::UnboundedReceiver<String>,
-    /// Changes of its devices, answered in their order.
+    /// Changes of it, answered in their order.
     pub changes: mpsc::UnboundedReceiver<Change>,
 }
 
 impl Machine {
-    /// A VM that is booting.
-    pub fn new() -> (Self, Watcher) {
+    /// A VM that is booting, with this memory.
+    pub fn new(memory_mib: u32) -> (Self, Watcher) {
         let (state_sender, state) = watch::channel(State::Booting);
+        let (memory_sender, memory_mib) = watch::channel(memory_mib);
         let (stop, stop_receiver) = mpsc::unbounded_channel();
         let (changes, changes_receiver) = mpsc::unbounded_channel();
         let watcher = Watcher {
             state: state_sender,
+            memory_mib: memory_sender,
             stop: stop_receiver,
             changes: changes_receiver,
         };
         let machine = Self {
             state,
+            memory_mib,
             stop,
             changes,
         };
@@ -136,6 +142,22 @@ impl Machine {
         self.change(request, None).await.map(drop)
     }
 
+    /// Asks for this much memory in all. The guest takes or gives it when it can:
+    /// [`Machine::memory_mib`] tells. Returns the size that it was asked for, which
+    /// is rounded up.
+    ///
+    /// # Errors
+    /// Why that cannot be.
+    pub async fn resize_memory(&self, size_mib: u32) -> Result<u32, String> {
+        let request = Request::ResizeMemory { size_mib };
+        self.change(request, None).await
+    }
+
+    /// How much memory it has, in MiB; told as it changes.
+    pub fn memory_mib(&self) -> watch::Receiver<u32> {
+        self.memory_mib.clone()
+    }
+
     async fn change(&self, request: Request, descriptor: Option<OwnedFd>) -> Result<u32, String> {
         let (answer, answered) = oneshot::channel();
         let change = Change {
@@ -180,7 +202,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn add_network_of_a_monitor_that_does_not_answer_is_an_error_in_time() {
-        let (machine, watcher) = Machine::new();
+        let (machine, watcher) = Machine::new(512);
         let error = machine.add_network([2; 6], 1500, tap()).await;
         let error = error.expect_err("nobody answers");
         assert!(error.contains("did not answer"), "{error}");
@@ -189,7 +211,7 @@ mod tests {
 
     #[tokio::test]
     async fn add_network_to_a_vm_that_has_ended_tells_why_it_has() {
-        let (machine, watcher) = Machine::new();
+        let (machine, watcher) = Machine::new(512);
         watcher.state.send_replace(State::Ended(End {
             reason: "the guest powered off".to_owned(),
         }));

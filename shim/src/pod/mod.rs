@@ -7,11 +7,13 @@ pub mod container;
 mod execs;
 mod forward;
 pub mod host_side;
+pub mod limits;
 pub mod machine;
 mod mounts;
 mod network;
 mod printable;
 pub mod process;
+mod room;
 pub mod size;
 mod supervise;
 mod volumes;
@@ -41,6 +43,7 @@ use agent::Agent;
 use host_side::{HostSide, Maker, StartError};
 use machine::{End, Machine};
 use network::Network as GuestNetwork;
+use room::Room;
 use size::Size;
 use vsock::Vsock;
 
@@ -107,6 +110,9 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// Its size.
+    #[error(transparent)]
+    Size(#[from] size::TooLittle),
     /// Changes of its network.
     #[error("listen for changes of the pod's network")]
     WatchNetwork {
@@ -142,6 +148,7 @@ pub struct Pod {
     /// `None` once it is destroyed.
     host: Arc<Mutex<Option<Box<dyn HostSide>>>>,
     machine: Machine,
+    room: Arc<Room>,
     vsock: Vsock,
     agent: Arc<OnceCell<Agent>>,
     network: Arc<tokio::sync::Mutex<GuestNetwork>>,
@@ -175,23 +182,35 @@ impl Pod {
         };
         let vsock_path = paths.vsock_socket();
         let remote_shares = remote_shares(first).await?;
-        let size = Size::of(first.limits, size::Host::this());
+        let (limits, membership) = (first.pod_limits, first.membership.clone());
         let started = blocking(move || {
             let mut host = make(cgroup)?;
-            match start(host.as_mut(), &vsock_path, &network, size, remote_shares) {
-                Ok((machine, vsock)) => Ok((host, machine, vsock)),
+            let sized = Size::of(
+                limits,
+                &membership,
+                size::Host::this(),
+                host.memory_granted(),
+            );
+            let started = sized.map_err(Error::from).and_then(|size| {
+                let host = host.as_mut();
+                let started = start(host, &vsock_path, &network, size, remote_shares);
+                started.map(|(machine, vsock)| (machine, vsock, size))
+            });
+            match started {
+                Ok((machine, vsock, size)) => Ok((host, machine, vsock, size)),
                 Err(error) => {
                     destroyed(host.destroy());
                     Err(error)
                 }
             }
         });
-        let (host, machine, vsock) = started.await?;
+        let (host, machine, vsock, size) = started.await?;
         Ok(Self {
             identity: Arc::new(identity),
             remote_shares,
             host: Arc::new(Mutex::new(Some(host))),
             machine,
+            room: Arc::new(Room::new(size)),
             vsock,
             agent: Arc::default(),
             network: Arc::default(),
@@ -247,6 +266,7 @@ impl Pod {
             warn!("the guest's clock cannot be set yet: {error}");
         }
         tokio::spawn(clock::keep(agent.clone()));
+        tokio::spawn(room::keep(self.clone(), agent.clone()));
         Ok(agent)
     }
 

@@ -1,8 +1,9 @@
 //! How large a VM is.
 
-use serde_json::Value;
+use tracing::warn;
 use vmm_config::{MAX_MEMORY_MIB, MAX_VCPUS, Memory, Vcpus};
 
+use super::limits::Limits;
 use crate::spec::Membership;
 
 /// Memory of a pod that nobody limits.
@@ -16,77 +17,20 @@ const OVERHEAD_MIB: u64 = 64;
 /// The kernel describes each page of 4096 bytes by a structure of 64.
 const PAGE_STRUCTURES: u64 = 64;
 
+/// By how much a VM can grow, which costs nothing until it does: with more, the
+/// steps in which it grows would become coarse.
+const GROWTH_MIB: u32 = 32 * 1024;
+/// What a pod takes of the host's memory beside its VM's: the shim, the monitor,
+/// the file server, and what the host's kernel keeps for them.
+const HOST_OVERHEAD_MIB: u64 = 64;
+/// The least that a pod takes of it. As the overhead of its containers' limits, this
+/// suffices up to limits of 4 GiB.
+const LEAST_GRANT_MIB: u64 = MIN_MEMORY_MIB as u64 + HOST_OVERHEAD_MIB;
+
 const MIB: u64 = 1 << 20;
 
 /// Memory that the containers of a pod can take which nobody limits, at most.
-const UNLIMITED_POD_BYTES: u64 = (DEFAULT_MEMORY_MIB as u64 - OVERHEAD_MIB) * MIB;
-
-/// What a lone container, or a pod, is limited to, as far as it says how large its
-/// VM has to be.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Limits {
-    /// Memory that it may take.
-    memory_bytes: Option<u64>,
-    /// CPUs that it may use at once: quota by period, rounded up.
-    cpus: Option<u64>,
-    /// The last that it is pinned to.
-    last_cpu: Option<u64>,
-}
-
-/// The period that the kernel takes unless it is told another (cgroup-v2.rst,
-/// cpu.max).
-const PERIOD_US: u64 = 100_000;
-
-impl Limits {
-    /// What the configuration of a pod's first container says of all that will be
-    /// in it. What is no limit, or cannot be read, is none: the agent, which
-    /// applies them, refuses what is wrong.
-    pub fn of(spec: &Value, membership: &Membership) -> Self {
-        match membership {
-            Membership::Alone => Self::of_resources(spec),
-            Membership::Sandbox => Self::of_annotations(spec),
-            // A pod is never made for one of these.
-            Membership::Member { .. } => Self::default(),
-        }
-    }
-
-    /// Of a pod by the annotations that containerd gives its sandbox (containerd,
-    /// `internal/cri/annotations`), from what the kubelet says of the pod: the sum
-    /// over its containers, in which one without a limit counts as nothing (kubelet,
-    /// `calculateSandboxResources`). So no pod is smaller than one without limits.
-    fn of_annotations(spec: &Value) -> Self {
-        let number = |name: &str| {
-            let text = spec.pointer(&format!("/annotations/io.kubernetes.cri.sandbox-{name}"))?;
-            let number = text.as_str()?.parse().ok()?;
-            Some(number).filter(|number: &u64| *number > 0)
-        };
-        let period = number("cpu-period").unwrap_or(PERIOD_US);
-        Self {
-            memory_bytes: number("memory").filter(|bytes| *bytes > UNLIMITED_POD_BYTES),
-            cpus: number("cpu-quota").map(|quota| quota.div_ceil(period)),
-            last_cpu: None,
-        }
-    }
-
-    fn of_resources(spec: &Value) -> Self {
-        let number = |pointer: &str| {
-            let value = spec.pointer(pointer).and_then(Value::as_i64)?;
-            u64::try_from(value).ok().filter(|number| *number > 0)
-        };
-        let period = number("/linux/resources/cpu/period").unwrap_or(PERIOD_US);
-        let last_cpu = spec
-            .pointer("/linux/resources/cpu/cpus")
-            .and_then(Value::as_str)
-            .into_iter()
-            .flat_map(|list| list.split([',', '-']))
-            .filter_map(|number| number.trim().parse().ok());
-        Self {
-            memory_bytes: number("/linux/resources/memory/limit"),
-            cpus: number("/linux/resources/cpu/quota").map(|quota| quota.div_ceil(period)),
-            last_cpu: last_cpu.max(),
-        }
-    }
-}
+pub const UNLIMITED_POD_BYTES: u64 = (DEFAULT_MEMORY_MIB as u64 - OVERHEAD_MIB) * MIB;
 
 /// What the host has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,6 +60,15 @@ fn total_bytes(meminfo: &str) -> Option<u64> {
     kib.checked_mul(1024)
 }
 
+/// The memory that a pod is granted on the host holds no VM at all.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the cgroups above the pod's grant it {granted_mib} MiB of the host's memory, and it takes {LEAST_GRANT_MIB} MiB at least: raise its memory limit, or set overhead.podFixed.memory of its RuntimeClass to {LEAST_GRANT_MIB}Mi"
+)]
+pub struct TooLittle {
+    granted_mib: u64,
+}
+
 /// The size of a pod's VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Size {
@@ -126,44 +79,93 @@ pub struct Size {
 }
 
 impl Size {
-    /// For a pod that is limited so.
-    pub fn of(limits: Limits, host: Host) -> Self {
-        // As many as it can use at once, and those that it is pinned to.
-        let wanted = limits.last_cpu.map_or(1, |last| last.saturating_add(1));
-        let wanted = wanted.max(limits.cpus.unwrap_or(1));
-        let count = wanted.min(host.cpus).clamp(1, MAX_VCPUS.into());
-        let count = u8::try_from(count).unwrap_or(MAX_VCPUS);
-        Self {
+    /// For a pod that is limited so, and that is `granted` so much of the host's
+    /// memory, if that is limited.
+    ///
+    /// # Errors
+    /// When a VM does not fit into that.
+    pub fn of(
+        limits: Limits,
+        membership: &Membership,
+        host: Host,
+        granted_bytes: Option<u64>,
+    ) -> Result<Self, TooLittle> {
+        let limited = memory_mib(limits.memory_bytes, host.memory_bytes);
+        let wanted = match membership {
+            Membership::Alone => limited,
+            // Containers without a limit count as nothing in a pod's.
+            Membership::Sandbox | Membership::Member { .. } => limited.max(DEFAULT_MEMORY_MIB),
+        };
+        let size_mib = match granted_bytes {
+            Some(bytes) => within_grant(wanted, bytes)?,
+            None => wanted,
+        };
+        if size_mib < limited && limits.memory_bytes.is_some() {
+            warn!(
+                "the VM has {size_mib} MiB of memory instead of the {limited} MiB that its containers' limits take, because the cgroups above the pod's grant no more: set overhead.podFixed.memory of its RuntimeClass {} MiB higher",
+                limited - size_mib
+            );
+        }
+        let host_mib = u32::try_from(host.memory_bytes / MIB).unwrap_or(u32::MAX);
+        let most = host_mib.min(wanted.saturating_add(GROWTH_MIB));
+        let vcpus = vcpus(limits, host);
+        Ok(Self {
             vcpus: Vcpus {
-                boot: count,
-                max: count,
+                boot: vcpus,
+                max: vcpus,
             },
             memory: Memory {
-                size_mib: memory_mib(limits.memory_bytes, host.memory_bytes),
+                size_mib,
+                max_mib: most.clamp(size_mib, MAX_MEMORY_MIB),
             },
-        }
+        })
     }
 }
 
-fn memory_mib(limit_bytes: Option<u64>, host_bytes: u64) -> u32 {
+/// As many as can be used at once, and those that are pinned to.
+fn vcpus(limits: Limits, host: Host) -> u8 {
+    let pinned = limits.last_cpu.map_or(1, |last| last.saturating_add(1));
+    let used = limits.millicpus().map_or(1, |millis| millis.div_ceil(1000));
+    let count = pinned.max(used).min(host.cpus);
+    u8::try_from(count).map_or(MAX_VCPUS, |count| count.clamp(1, MAX_VCPUS))
+}
+
+/// Memory of a VM whose containers may take this much together.
+pub fn memory_mib(limit_bytes: Option<u64>, host_bytes: u64) -> u32 {
     let Some(bytes) = limit_bytes else {
         return DEFAULT_MEMORY_MIB;
     };
-    let mib = bytes.div_ceil(MIB);
-    let whole = mib
-        .saturating_add(mib.div_ceil(PAGE_STRUCTURES))
-        .saturating_add(OVERHEAD_MIB);
     // A limit that the host could never reach limits nothing.
     let most = (host_bytes / MIB).max(MIN_MEMORY_MIB.into());
-    let whole = whole.min(most).max(MIN_MEMORY_MIB.into());
+    let whole = with_overhead(bytes).min(most).max(MIN_MEMORY_MIB.into());
     u32::try_from(whole).map_or(MAX_MEMORY_MIB, |whole| whole.min(MAX_MEMORY_MIB))
+}
+
+/// With what the guest takes for itself, in MiB.
+fn with_overhead(bytes: u64) -> u64 {
+    let mib = bytes.div_ceil(MIB);
+    mib.saturating_add(mib.div_ceil(PAGE_STRUCTURES))
+        .saturating_add(OVERHEAD_MIB)
+}
+
+/// As much of it as is granted, of which the host's part is paid first.
+///
+/// # Errors
+/// When that is too little for any VM.
+pub fn within_grant(wanted_mib: u32, granted_bytes: u64) -> Result<u32, TooLittle> {
+    let granted_mib = granted_bytes / MIB;
+    if granted_mib < LEAST_GRANT_MIB {
+        return Err(TooLittle { granted_mib });
+    }
+    let left = u32::try_from(granted_mib - HOST_OVERHEAD_MIB).unwrap_or(u32::MAX);
+    Ok(wanted_mib.min(left))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     const HOST: Host = Host {
         cpus: 4,
@@ -176,8 +178,10 @@ mod tests {
     }
 
     fn size_of(spec: &Value, membership: &Membership) -> (u8, u32) {
-        let size = Size::of(Limits::of(spec, membership), HOST);
+        let size =
+            Size::of(Limits::of_pod(spec, membership), membership, HOST, None).expect("fits");
         assert_eq!(size.vcpus.boot, size.vcpus.max);
+        assert!(size.memory.max_mib >= size.memory.size_mib);
         (size.vcpus.boot, size.memory.size_mib)
     }
 
@@ -236,6 +240,24 @@ mod tests {
     }
 
     #[test]
+    fn size_within_a_grant_leaves_the_host_its_part_or_is_refused_with_the_figure() {
+        let limits = Limits::default();
+        let of = |granted_mib: u64| {
+            Size::of(limits, &Membership::Sandbox, HOST, Some(granted_mib * MIB))
+        };
+        assert_eq!(of(4096).expect("fits").memory.size_mib, 512);
+        assert_eq!(of(512).expect("fits").memory.size_mib, 512 - 64);
+        assert_eq!(of(192).expect("fits").memory.size_mib, 128);
+        let refused = of(191).expect_err("is too little").to_string();
+        assert!(
+            refused.contains("191 MiB") && refused.contains("192Mi"),
+            "{refused}"
+        );
+        // The kubelet may grant more later.
+        assert_eq!(of(512).expect("fits").memory.max_mib, 8192);
+    }
+
+    #[test]
     fn host_has_processors_and_memory() {
         let host = Host::this();
         assert!(host.cpus > 0 && host.memory_bytes > 64 * MIB, "{host:?}");
@@ -252,7 +274,9 @@ mod tests {
                 "cpu": {"quota": quota, "period": period, "cpus": cpus},
             }}});
             let host = Host { cpus: count, memory_bytes };
-            let size = Size::of(Limits::of(&spec, &Membership::Alone), host);
+            let alone = Membership::Alone;
+            let size = Size::of(Limits::of_pod(&spec, &alone), &alone, host, None);
+            let size = size.expect("nothing is granted");
             prop_assert!((1..=MAX_VCPUS).contains(&size.vcpus.boot));
             prop_assert!((MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&size.memory.size_mib));
         }

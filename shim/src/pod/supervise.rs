@@ -12,6 +12,7 @@ use tokio::net::unix::pipe;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tracing::{debug, error, info};
+use vmm_config::Memory;
 use vmm_config::control::{Event, Exit, ExitReason};
 
 use super::machine::{Change, End, Machine, State, Watcher};
@@ -30,15 +31,16 @@ const LOG_TIMEOUT: Duration = Duration::from_secs(1);
 /// and to tell why.
 const VERDICT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Watches over `vm` until it has ended, and then collects its processes.
+/// Watches over `vm`, which has booted with this memory, until it has ended, and then
+/// collects its processes.
 ///
 /// # Errors
 /// When its descriptors cannot be watched.
 ///
 /// # Panics
 /// Outside a tokio runtime.
-pub fn supervise(mut vm: Vm) -> io::Result<Machine> {
-    let (machine, watcher) = Machine::new();
+pub fn supervise(mut vm: Vm, memory: Memory) -> io::Result<Machine> {
+    let (machine, watcher) = Machine::new(memory.size_mib);
     let monitor_log = vm.monitor.log.take().map(|log| follow("monitor", log));
     let server_log = vm
         .file_server
@@ -208,6 +210,7 @@ async fn watch(
 ) -> Cause {
     let Watcher {
         state,
+        memory_mib,
         stop,
         changes,
     } = watcher;
@@ -235,8 +238,13 @@ async fn watch(
                         Event::NetworkAdded { slot } | Event::NetworkRemoved { slot } => {
                             answer(&mut waiting, Ok(slot));
                         }
-                        Event::NetworkRefused { error } => {
+                        Event::MemoryRequested { size_mib } => answer(&mut waiting, Ok(size_mib)),
+                        Event::NetworkRefused { error } | Event::ResizeRefused { error } => {
                             answer(&mut waiting, Err(printable(&error)));
+                        }
+                        Event::MemoryResized { size_mib } => {
+                            debug!(size_mib, "the VM's memory has changed");
+                            memory_mib.send_replace(size_mib);
                         }
                     },
                     Err(error) => return Cause::Control(error.to_string()),
@@ -286,7 +294,10 @@ async fn why_server_ended(vm: &Vm, control: &AsyncFd<OwnedFd>) -> Cause {
                     | Event::GuestReady
                     | Event::NetworkAdded { .. }
                     | Event::NetworkRemoved { .. }
-                    | Event::NetworkRefused { .. },
+                    | Event::NetworkRefused { .. }
+                    | Event::MemoryRequested { .. }
+                    | Event::MemoryResized { .. }
+                    | Event::ResizeRefused { .. },
                 )) => {}
                 Ok(Received::Event(Event::Failed { error })) => return Cause::Failed(error),
                 Ok(Received::Event(Event::Exited(exit))) => match exit.reason {

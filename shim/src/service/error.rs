@@ -148,6 +148,7 @@ fn pod_code(error: &pod::Error) -> Code {
         }
         pod::Error::Volume(crate::spec::IntoJsonError::Volume { source, .. }) => host_code(source),
         pod::Error::AppArmor(error) if error.blames_caller() => Code::FAILED_PRECONDITION,
+        pod::Error::Size(_) => Code::FAILED_PRECONDITION,
         // The streams are the client's to make.
         pod::Error::Stdio(_) => Code::INVALID_ARGUMENT,
         pod::Error::Agent(error) => agent_code(error),

@@ -12,7 +12,7 @@ use super::{Error, Membership, hooks, text};
 use crate::host::id_maps::IdMaps;
 use crate::host::pod::ContainerHooks;
 use crate::pod::apparmor;
-use crate::pod::size::Limits;
+use crate::pod::limits::Limits;
 
 /// What the host does with a configuration.
 #[derive(Debug)]
@@ -36,6 +36,8 @@ pub struct HostView {
     /// Of the pod's user namespace, if it has one and this is its first container.
     pub id_maps: Option<IdMaps>,
     /// What it limits its pod to, if it is the pod's first.
+    pub pod_limits: Limits,
+    /// What it is limited to itself.
     pub limits: Limits,
     /// The files and directories that it binds, each with the index of its mount.
     pub bind_sources: Vec<(usize, PathBuf)>,
@@ -88,7 +90,8 @@ impl GuestSpec {
             shm_source: shm_source.clone(),
             pod_sysctls: pod_sysctls(&spec, &membership)?,
             id_maps: namespaces.id_maps,
-            limits: Limits::of(&spec, &membership),
+            pod_limits: Limits::of_pod(&spec, &membership),
+            limits: Limits::of_container(&spec),
             bind_sources: binds::sources(&spec["mounts"], shm_source.as_deref()),
             follows_mounts: binds::follow(&spec["mounts"]),
             apparmor_profile: apparmor::profile_of(&spec["process"]),

@@ -66,7 +66,10 @@ fn send_boot(socket: &OwnedFd, kernel: &Path, initramfs: &Path) -> Result<()> {
     let config = VmConfig {
         kvm: FdIndex(0),
         vcpus: Vcpus { boot: 1, max: 1 },
-        memory: Memory { size_mib: 512 },
+        memory: Memory {
+            size_mib: 512,
+            max_mib: 512,
+        },
         boot: Boot {
             kernel: FdIndex(1),
             initramfs: Some(FdIndex(2)),

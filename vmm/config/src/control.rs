@@ -53,6 +53,13 @@ pub enum Request {
         /// As in [`Event::NetworkAdded`].
         slot: u32,
     },
+    /// Asks the guest to have this much memory in all. Answered by
+    /// [`Event::MemoryRequested`] or [`Event::ResizeRefused`]; what the guest then has,
+    /// [`Event::MemoryResized`] tells.
+    ResizeMemory {
+        /// In MiB, from what the VM had at the start to its most.
+        size_mib: u32,
+    },
     /// Ends the VM at once, without asking the guest. Answered by
     /// [`Event::Exited`].
     Stop,
@@ -68,7 +75,9 @@ impl Request {
         match self {
             Self::Boot(config) => config.validate(descriptors),
             Self::AddNetwork(network) => network.validate(descriptors),
-            Self::RemoveNetwork { .. } => validate_descriptors([], descriptors),
+            Self::RemoveNetwork { .. } | Self::ResizeMemory { .. } => {
+                validate_descriptors([], descriptors)
+            }
             Self::Stop => Ok(()),
         }
     }
@@ -97,6 +106,22 @@ pub enum Event {
     NetworkRefused {
         /// The whole chain of causes, outermost first.
         error: String,
+    },
+    /// The guest was asked to have this much memory, and complies as it can.
+    MemoryRequested {
+        /// In MiB, rounded up to what the guest can have.
+        size_mib: u32,
+    },
+    /// A resize could not be done, and all is as it was before.
+    ResizeRefused {
+        /// The whole chain of causes, outermost first.
+        error: String,
+    },
+    /// The guest has more memory than before, or less. Of changes in quick succession
+    /// the last is told.
+    MemoryResized {
+        /// In MiB, in all.
+        size_mib: u32,
     },
     /// The VM could not be made. The monitor exits.
     Failed {
@@ -244,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn network_messages_are_written_as_documented() {
+    fn messages_of_a_vm_that_runs_are_written_as_documented() {
         let add = Request::AddNetwork(Network {
             mac: [2, 0, 0, 0, 0, 255],
             mtu: 1500,
@@ -253,6 +278,8 @@ mod tests {
         let json = br#"{"version":1,"message":{"add_network":{"mac":[2,0,0,0,0,255],"mtu":1500,"tap":0}}}"#;
         assert_eq!(encode(&add), json);
         assert_eq!(decode::<Request>(json).expect("decodes"), add);
+        let resize = br#"{"version":1,"message":{"resize_memory":{"size_mib":584}}}"#;
+        assert_eq!(encode(&Request::ResizeMemory { size_mib: 584 }), resize);
         let remove = br#"{"version":1,"message":{"remove_network":{"slot":3}}}"#;
         assert_eq!(encode(&Request::RemoveNetwork { slot: 3 }), remove);
         for (event, json) in [
@@ -263,6 +290,20 @@ mod tests {
             (
                 Event::NetworkRemoved { slot: 3 },
                 r#"{"network_removed":{"slot":3}}"#,
+            ),
+            (
+                Event::MemoryRequested { size_mib: 584 },
+                r#"{"memory_requested":{"size_mib":584}}"#,
+            ),
+            (
+                Event::MemoryResized { size_mib: 584 },
+                r#"{"memory_resized":{"size_mib":584}}"#,
+            ),
+            (
+                Event::ResizeRefused {
+                    error: "no".to_owned(),
+                },
+                r#"{"resize_refused":{"error":"no"}}"#,
             ),
             (
                 Event::NetworkRefused {

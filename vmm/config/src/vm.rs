@@ -64,8 +64,11 @@ pub struct Vcpus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Memory {
-    /// Size in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
+    /// Size at the start in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
     pub size_mib: u32,
+    /// What it can grow to while the VM runs, in MiB: `size_mib`, and then it never
+    /// does, to [`MAX_MEMORY_MIB`].
+    pub max_mib: u32,
 }
 
 /// What the guest boots.
@@ -139,10 +142,14 @@ pub enum ConfigError {
         max: u8,
     },
     /// Memory outside its bounds.
-    #[error("{size_mib} MiB of memory: need {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB} MiB")]
+    #[error(
+        "{size_mib} MiB of memory at the start and {max_mib} at most: need {MIN_MEMORY_MIB} <= start <= most <= {MAX_MEMORY_MIB} MiB"
+    )]
     Memory {
         /// As configured.
         size_mib: u32,
+        /// As configured.
+        max_mib: u32,
     },
     /// Command line too long or with a byte that ends it.
     #[error(
@@ -219,9 +226,9 @@ impl VmConfig {
         if boot == 0 || boot > max || max > MAX_VCPUS {
             return Err(ConfigError::Vcpus { boot, max });
         }
-        let size_mib = self.memory.size_mib;
-        if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&size_mib) {
-            return Err(ConfigError::Memory { size_mib });
+        let Memory { size_mib, max_mib } = self.memory;
+        if size_mib < MIN_MEMORY_MIB || size_mib > max_mib || max_mib > MAX_MEMORY_MIB {
+            return Err(ConfigError::Memory { size_mib, max_mib });
         }
         let line = &self.boot.command_line;
         if line.len() >= MAX_COMMAND_LINE_BYTES || !is_printable(line) {
@@ -317,7 +324,10 @@ mod tests {
         VmConfig {
             kvm: FdIndex(0),
             vcpus: Vcpus { boot: 1, max: 1 },
-            memory: Memory { size_mib: 512 },
+            memory: Memory {
+                size_mib: 512,
+                max_mib: 512,
+            },
             boot: Boot {
                 kernel: FdIndex(1),
                 initramfs: None,
@@ -439,10 +449,13 @@ mod tests {
         }
 
         #[test]
-        fn validate_memory_in_bounds_passes_and_only_then(size_mib: u32) {
+        fn validate_memory_in_bounds_passes_and_only_then(
+            size_mib in prop_oneof![any::<u32>(), 0..=MAX_MEMORY_MIB],
+            max_mib in prop_oneof![any::<u32>(), 0..=MAX_MEMORY_MIB],
+        ) {
             let mut config = smallest();
-            config.memory = Memory { size_mib };
-            let fits = (MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&size_mib);
+            config.memory = Memory { size_mib, max_mib };
+            let fits = MIN_MEMORY_MIB <= size_mib && size_mib <= max_mib && max_mib <= MAX_MEMORY_MIB;
             prop_assert_eq!(config.validate(2).is_ok(), fits);
         }
     }

@@ -2,9 +2,9 @@
 //! tried and fuzzed without it.
 //!
 //! # Virtio
-//! [`Rng`], [`Vsock`], [`FileSystem`] and [`Net`] are [`vmm_virtio::VirtioDevice`]s,
+//! [`Rng`], [`Vsock`], [`FileSystem`], [`Mem`] and [`Net`] are [`vmm_virtio::VirtioDevice`]s,
 //! put on the bus by `vmm_virtio::MmioTransport::try_new`. Each serves on one
-//! thread of its own (`rng`, `vsock`, `fs-TAG`, `net`) from the driver's `DRIVER_OK`
+//! thread of its own (`rng`, `vsock`, `fs-TAG`, `mem`, `net`) from the driver's `DRIVER_OK`
 //! until it is paused or reset. What happens to them later is told through
 //! callbacks, which are called on those threads and must not block.
 //!
@@ -23,11 +23,13 @@
 
 mod acpi_pm;
 mod config_space;
+mod discard;
 mod event_loop;
 mod fs;
 #[cfg(test)]
 mod hostile;
 mod ioapic;
+mod mem;
 mod net;
 mod pvpanic;
 pub mod ramoops;
@@ -41,6 +43,7 @@ mod vsock;
 pub use acpi_pm::{AcpiPm, SleepRequest};
 pub use fs::{FileSystem, FileSystemConfig, FileSystemError, ServerFailed};
 pub use ioapic::{IoApic, IoApicState, MsiRoute};
+pub use mem::{Mem, MemConfig, MemError, MemSize, TooMuch};
 pub use net::{Net, NetConfig, NetError};
 pub use pvpanic::{GuestPanic, Pvpanic};
 pub use rng::Rng;

@@ -55,6 +55,11 @@ impl CommandLine {
             // waited for.
             words.push(format!("maxcpus={}", config.vcpus.boot));
         }
+        if config.memory.max_mib > config.memory.size_mib {
+            // As much of what is plugged as the kernel's own needs allow is for pages that can be moved
+            // out of the way, so that it can be unplugged.
+            words.push("memory_hotplug.online_policy=auto-movable".to_owned());
+        }
         if config.console.is_some() {
             // The driver's console takes over from the early one, which shows what fails before it.
             words.push("earlycon=uart8250,io,0x3f8".to_owned());
@@ -96,7 +101,10 @@ mod tests {
         VmConfig {
             kvm: FdIndex(0),
             vcpus: Vcpus { boot: 1, max: 1 },
-            memory: Memory { size_mib: 64 },
+            memory: Memory {
+                size_mib: 64,
+                max_mib: 64,
+            },
             boot: Boot {
                 kernel: FdIndex(1),
                 initramfs: None,

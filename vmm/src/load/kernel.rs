@@ -86,10 +86,11 @@ fn classify(source: LoaderError, memory: &GuestMemoryMmap) -> KernelError {
             ElfError::ReadKernelImage | ElfError::InvalidProgramHeaderAddress | ElfError::Overflow,
         )
         | LoaderError::MemoryOverflow => KernelError::Segments {
+            // What lies above the hole is out of its reach.
             memory_mib: memory
                 .iter()
-                .map(vm_memory::GuestMemoryRegion::len)
-                .sum::<u64>()
+                .next()
+                .map_or(0, vm_memory::GuestMemoryRegion::len)
                 >> 20,
             source,
         },

@@ -78,7 +78,10 @@ mod tests {
 
     #[test]
     fn write_without_initramfs_lists_no_module() {
-        let config = Memory { size_mib: 64 };
+        let config = Memory {
+            size_mib: 64,
+            max_mib: 64,
+        };
         let memory = crate::memory::map(config).expect("mapped");
         let memory_map = crate::memory::map_for_guest(config);
         StartInfo {

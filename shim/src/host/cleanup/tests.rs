@@ -149,7 +149,10 @@ fn play_shim(scene: &Scene) {
     };
     let request = VmRequest {
         vcpus: Vcpus { boot: 1, max: 1 },
-        memory: Memory { size_mib: 512 },
+        memory: Memory {
+            size_mib: 512,
+            max_mib: 512,
+        },
         command_line: String::new(),
         vsock_listener: listener,
         console: None,

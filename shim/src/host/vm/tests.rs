@@ -196,7 +196,10 @@ fn start_with_a_kernel_that_is_none_reports_it_from_the_jail() {
     let listener = std::os::unix::net::UnixListener::bind(base.path().join("v")).expect("binds");
     let request = VmRequest {
         vcpus: Vcpus { boot: 1, max: 1 },
-        memory: Memory { size_mib: 64 },
+        memory: Memory {
+            size_mib: 64,
+            max_mib: 64,
+        },
         command_line: String::new(),
         vsock_listener: listener.into(),
         console: None,

@@ -4,7 +4,6 @@ use super::*;
 
 use containerd_shim_protos::api::{
     PauseRequest, ProcessInfo, ResizePtyRequest, ResumeRequest, StateResponse, StatsRequest,
-    UpdateTaskRequest,
 };
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted};
@@ -436,22 +435,11 @@ async fn stats_are_the_guests_until_delete_and_nothing_of_the_sandbox() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn update_reaches_the_guest_as_the_client_wrote_it() {
     let world = World::with_sleeper().await;
-    let update = |id: &str, value: &str| {
-        let request = UpdateTaskRequest {
-            id: id.to_owned(),
-            resources: protobuf::MessageField::some(Any {
-                type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
-                    .to_owned(),
-                value: value.into(),
-                ..Any::default()
-            }),
-            ..UpdateTaskRequest::default()
-        };
-        let client = world.client.clone();
-        async move { client.update(Context::default(), &request).await }
-    };
     let limits = json!({"memory": {"limit": 1_048_576}});
-    update("c", &limits.to_string()).await.expect("updates");
+    world
+        .update("c", &limits.to_string())
+        .await
+        .expect("updates");
     assert_eq!(
         *world.guest.limits.lock().expect("unpoisoned"),
         Some(limits)
@@ -461,7 +449,7 @@ async fn update_reaches_the_guest_as_the_client_wrote_it() {
         ("c", "", Code::INVALID_ARGUMENT),
         ("c", "[]", Code::INVALID_ARGUMENT),
     ] {
-        assert_eq!(refused(update(id, value).await).0, code);
+        assert_eq!(refused(world.update(id, value).await).0, code);
     }
 }
 

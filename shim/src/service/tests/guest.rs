@@ -4,6 +4,7 @@
 use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -11,11 +12,12 @@ use agent_protocol::api::{
     AdjustTimeRequest, AdjustTimeResponse, ContainerStatsRequest, ContainerStatsResponse,
     CreateContainerRequest, CreateContainerResponse, CreatePodRequest, CreatePodResponse,
     DeleteProcessRequest, DeleteProcessResponse, ExecProcessRequest, ExecProcessResponse,
-    HelloRequest, HelloResponse, Metrics, PauseContainerRequest, PauseContainerResponse, ProcessId,
-    ResizeTerminalRequest, ResizeTerminalResponse, ResumeContainerRequest, ResumeContainerResponse,
-    ShutdownRequest, ShutdownResponse, SignalProcessRequest, SignalProcessResponse,
-    StartProcessRequest, StartProcessResponse, UpdateContainerRequest, UpdateContainerResponse,
-    WaitProcessRequest, WaitProcessResponse, stream_header::Kind,
+    FitMemoryRequest, FitMemoryResponse, HelloRequest, HelloResponse, Metrics,
+    PauseContainerRequest, PauseContainerResponse, ProcessId, ResizeTerminalRequest,
+    ResizeTerminalResponse, ResumeContainerRequest, ResumeContainerResponse, ShutdownRequest,
+    ShutdownResponse, SignalProcessRequest, SignalProcessResponse, StartProcessRequest,
+    StartProcessResponse, UpdateContainerRequest, UpdateContainerResponse, WaitProcessRequest,
+    WaitProcessResponse, stream_header::Kind,
 };
 use agent_protocol::service::{Agent, create_agent};
 use agent_protocol::{
@@ -28,6 +30,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, copy_bi
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use ttrpc::r#async::{Server, TtrpcContext};
+use vmm_config::control::Request;
 
 use crate::events::now_ns;
 use crate::pod::machine::{End, State, Watcher};
@@ -54,6 +57,10 @@ pub struct Guest {
     pub programs: Mutex<HashMap<String, Arc<Program>>>,
     pub specs: Mutex<HashMap<String, Value>>,
     pub pod: Mutex<Option<CreatePodRequest>>,
+    /// The sizes that the VM's memory was to have, in MiB.
+    pub memory_sizes: watch::Sender<Vec<u32>>,
+    /// How often the agent has fitted its containers to it.
+    pub fits: AtomicU32,
     /// What an update asked for last.
     pub limits: Mutex<Option<Value>>,
     pub paused: Mutex<HashSet<String>>,
@@ -75,6 +82,8 @@ impl Guest {
             programs: Mutex::default(),
             specs: Mutex::default(),
             pod: Mutex::default(),
+            memory_sizes: watch::Sender::new(Vec::new()),
+            fits: AtomicU32::new(0),
             limits: Mutex::default(),
             paused: Mutex::default(),
             sizes: Mutex::default(),
@@ -88,11 +97,27 @@ impl Guest {
     /// Boots on the monitor's listener.
     pub fn boot(self: &Arc<Self>, listener: OwnedFd, watcher: Watcher, directory: PathBuf) {
         let Watcher {
-            state, mut stop, ..
+            state,
+            memory_mib,
+            mut stop,
+            mut changes,
         } = watcher;
         *self.vm.lock().expect("unpoisoned") = Some(state);
         let guest = Arc::clone(self);
         let stopped = Arc::clone(self);
+        let changed = Arc::clone(self);
+        tokio::spawn(async move {
+            while let Some(change) = changes.recv().await {
+                let Request::ResizeMemory { size_mib } = change.request else {
+                    continue;
+                };
+                changed
+                    .memory_sizes
+                    .send_modify(|sizes| sizes.push(size_mib));
+                let _ = change.answer.send(Ok(size_mib));
+                memory_mib.send_replace(size_mib);
+            }
+        });
         tokio::spawn(async move {
             while let Some(reason) = stop.recv().await {
                 stopped.die(&reason);
@@ -346,6 +371,15 @@ impl Agent for Rpc {
         let resources = serde_json::from_slice(&request.linux_resources_json).expect("is JSON");
         *self.0.limits.lock().expect("unpoisoned") = Some(resources);
         Ok(UpdateContainerResponse::new())
+    }
+
+    async fn fit_memory(
+        &self,
+        _: &TtrpcContext,
+        _: FitMemoryRequest,
+    ) -> ttrpc::Result<FitMemoryResponse> {
+        self.0.fits.fetch_add(1, Ordering::Relaxed);
+        Ok(FitMemoryResponse::new())
     }
 
     async fn container_stats(

@@ -31,6 +31,8 @@ pub struct FakeHost {
     guest: Arc<Guest>,
     directory: PathBuf,
     stand_ins: u32,
+    /// [`HostSide::memory_granted`].
+    pub granted_bytes: Option<u64>,
     hooks: BTreeMap<String, ContainerHooks>,
 }
 
@@ -41,6 +43,7 @@ impl FakeHost {
             guest: Arc::clone(guest),
             directory: directory.to_owned(),
             stand_ins: 0,
+            granted_bytes: None,
             hooks: BTreeMap::new(),
         }
     }
@@ -75,14 +78,22 @@ impl HostSide for FakeHost {
     fn start_vm(
         &mut self,
         vsock_listener: OwnedFd,
-        _: Size,
+        size: Size,
         _: usize,
     ) -> Result<Machine, StartError> {
         self.note("start VM");
-        let (machine, watcher) = Machine::new();
+        let (machine, watcher) = Machine::new(size.memory.size_mib);
         self.guest
             .boot(vsock_listener, watcher, self.directory.clone());
         Ok(machine)
+    }
+
+    fn memory_granted(&mut self) -> Option<u64> {
+        self.granted_bytes
+    }
+
+    fn limit_memory(&mut self, size_mib: u32) {
+        self.note(format!("limit memory for {size_mib} MiB"));
     }
 
     fn set_network(&mut self, network: &Network) -> Result<(), HostError> {

@@ -4,16 +4,18 @@ mod endings;
 mod execs;
 mod guest;
 mod host;
+mod room;
 
 use containerd_shim_protos::api::{
     CheckpointTaskRequest, CloseIORequest, ConnectRequest, CreateTaskRequest, DeleteRequest,
     DeleteResponse, ExecProcessRequest, KillRequest, PidsRequest, ShutdownRequest, StartRequest,
-    StateRequest, Status, WaitRequest, WaitResponse,
+    StateRequest, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::events::task::TaskExit;
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim_async::{Client, TaskClient};
-use protobuf::Message;
+use protobuf::well_known_types::any::Any;
+use protobuf::{Message, MessageField};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::AsyncReadExt;
@@ -43,6 +45,11 @@ struct World {
 
 impl World {
     async fn new(pod_id: &str) -> Self {
+        Self::granted(pod_id, None).await
+    }
+
+    /// With so much of the host's memory for the pod, if that is limited.
+    async fn granted(pod_id: &str, granted_bytes: Option<u64>) -> Self {
         let directory = tempfile::tempdir().expect("makes a directory");
         let ttrpc_address = format!("unix://{}/events", directory.path().display());
         let (events_server, events) = listen(&ttrpc_address).await;
@@ -50,7 +57,8 @@ impl World {
         std::fs::create_dir_all(paths.directory()).expect("makes a directory");
         let journal = Journal::default();
         let guest = Guest::new();
-        let host = FakeHost::new(&journal, &guest, directory.path());
+        let mut host = FakeHost::new(&journal, &guest, directory.path());
+        host.granted_bytes = granted_bytes;
         let make = Box::new(move |_: CgroupPath| Ok(Box::new(host) as Box<dyn HostSide>));
         let shim = Shim::new(paths, Events::start(&ttrpc_address, "default"), make);
         let address = format!("unix://{}/shim.sock", directory.path().display());
@@ -146,6 +154,21 @@ impl World {
             ..DeleteRequest::default()
         };
         self.client.delete(Context::default(), &request).await
+    }
+
+    async fn update(&self, id: &str, resources_json: &str) -> ttrpc::Result<()> {
+        let request = UpdateTaskRequest {
+            id: id.to_owned(),
+            resources: MessageField::some(Any {
+                type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
+                    .to_owned(),
+                value: resources_json.into(),
+                ..Any::default()
+            }),
+            ..UpdateTaskRequest::default()
+        };
+        let updated = self.client.update(Context::default(), &request);
+        updated.await.map(drop)
     }
 
     async fn status(&self, id: &str) -> Status {

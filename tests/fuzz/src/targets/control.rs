@@ -44,7 +44,9 @@ fn validate(config: &VmConfig, descriptors: usize) {
     }
     assert!(config.vcpus.boot >= 1 && config.vcpus.boot <= config.vcpus.max);
     assert!(config.vcpus.max <= MAX_VCPUS);
-    assert!((MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&config.memory.size_mib));
+    let memory = config.memory;
+    assert!(MIN_MEMORY_MIB <= memory.size_mib && memory.size_mib <= memory.max_mib);
+    assert!(memory.max_mib <= MAX_MEMORY_MIB);
     assert!(config.file_systems.len() <= MAX_FILE_SYSTEMS);
     let mut named = vec![config.kvm, config.boot.kernel];
     named.extend(config.boot.initramfs);
