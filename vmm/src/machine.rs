@@ -12,8 +12,8 @@ use vmm_config::control::{Exit, ExitReason, Timings};
 use vmm_config::{ConfigError, VmConfig};
 use vmm_devices::ramoops::{self, is_panic};
 use vmm_devices::{
-    FileSystem, FileSystemConfig, FileSystemError, Mem, MemConfig, MemError, MemSize, Net, Rng,
-    Serial, TooMuch, Vsock, VsockConfig,
+    Balloon, FileSystem, FileSystemConfig, FileSystemError, Mem, MemConfig, MemError, MemSize, Net,
+    Rng, Serial, TooMuch, Vsock, VsockConfig,
 };
 
 use crate::bus::{Bus, Overlap};
@@ -170,6 +170,7 @@ impl Machine {
             })?;
             slots.add(&mut mmio, &name, Box::new(device))?;
         }
+        slots.add(&mut mmio, "balloon device", Box::new(Balloon::new()))?;
         let plug = add_plug(&mut slots, &mut mmio, config, &memory, lifecycle)?;
         slots.leave_rest_empty(&mut mmio)?;
 

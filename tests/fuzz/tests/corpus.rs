@@ -16,7 +16,7 @@ const RANDOM_INPUTS: u64 = 2000;
 const RANDOM_BYTES: u64 = 400;
 
 /// Threads of devices: their panics do not reach whoever started them.
-const DEVICE_THREADS: [&str; 4] = ["rng", "vsock", "fs-share", "net"];
+const DEVICE_THREADS: [&str; 6] = ["rng", "vsock", "fs-share", "net", "balloon", "mem"];
 
 static DEVICE_PANICKED: AtomicBool = AtomicBool::new(false);
 

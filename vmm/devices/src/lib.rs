@@ -2,9 +2,9 @@
 //! tried and fuzzed without it.
 //!
 //! # Virtio
-//! [`Rng`], [`Vsock`], [`FileSystem`], [`Mem`] and [`Net`] are [`vmm_virtio::VirtioDevice`]s,
+//! [`Rng`], [`Vsock`], [`FileSystem`], [`Balloon`], [`Mem`] and [`Net`] are [`vmm_virtio::VirtioDevice`]s,
 //! put on the bus by `vmm_virtio::MmioTransport::try_new`. Each serves on one
-//! thread of its own (`rng`, `vsock`, `fs-TAG`, `mem`, `net`) from the driver's `DRIVER_OK`
+//! thread of its own (`rng`, `vsock`, `fs-TAG`, `balloon`, `mem`, `net`) from the driver's `DRIVER_OK`
 //! until it is paused or reset. What happens to them later is told through
 //! callbacks, which are called on those threads and must not block.
 //!
@@ -22,6 +22,7 @@
 //! (what is saved), `tests.rs`, and beside them what the device is about.
 
 mod acpi_pm;
+mod balloon;
 mod config_space;
 mod discard;
 mod event_loop;
@@ -41,6 +42,7 @@ pub mod stepped;
 mod vsock;
 
 pub use acpi_pm::{AcpiPm, SleepRequest};
+pub use balloon::Balloon;
 pub use fs::{FileSystem, FileSystemConfig, FileSystemError, ServerFailed};
 pub use ioapic::{IoApic, IoApicState, MsiRoute};
 pub use mem::{Mem, MemConfig, MemError, MemSize, TooMuch};

@@ -141,6 +141,12 @@ impl Segments {
         self.list.len()
     }
 
+    /// The stretches of guest memory that it is scattered over, in order, with their
+    /// bytes.
+    pub fn ranges(&self) -> impl Iterator<Item = (GuestAddress, u32)> + '_ {
+        self.list.iter().copied()
+    }
+
     /// Copies bytes from `offset` on into `buffer`.
     ///
     /// # Errors

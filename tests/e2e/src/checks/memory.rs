@@ -92,7 +92,7 @@ fn full(lab: &Lab) -> Result<()> {
 /// Writes a number for ever: it stops when its memory is taken from it.
 const WORK: &str = "i=0; while :; do i=$((i+1)); echo $i >/tmp/n; done";
 
-/// MemTotal of the guest in MiB, once it is within the range.
+/// `MemTotal` of the guest in MiB, once it is within the range.
 fn total_within(lab: &Lab, container: &str, least: u32, most: u32) -> Result<u32> {
     let shown = lab.succeed(&format!(
         "for try in $(seq 300); do
@@ -111,7 +111,7 @@ fn total_within(lab: &Lab, container: &str, least: u32, most: u32) -> Result<u32
 }
 
 /// Anonymous memory that the pod takes on the host, in MiB, and the node's
-/// MemAvailable.
+/// `MemAvailable`.
 fn on_the_node(lab: &Lab) -> Result<(u64, u64)> {
     let shown = lab.succeed(
         "awk '/^anon / { print int($2 / 1048576) }' /sys/fs/cgroup/e2e-memory/bulkhead-*/memory.stat

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use arbitrary::{Result, Unstructured};
 use vm_memory::GuestMemoryMmap;
 use vmm_devices::stepped::SteppedNet;
-use vmm_devices::{FileSystem, FileSystemConfig, Rng, Vsock, VsockConfig};
+use vmm_devices::{Balloon, FileSystem, FileSystemConfig, Mem, MemConfig, Rng, Vsock, VsockConfig};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_virtio::mock::MockQueue;
 use vmm_virtio::{MmioTransport, Transport, VirtioDevice};
@@ -50,7 +50,9 @@ const STAGES: [u32; 8] = [0, 1, 3, 11, 15, 75, 79, 128];
 /// One of the devices, with nobody on the host's side.
 pub fn device(choice: u8) -> Box<dyn VirtioDevice> {
     match choice % 3 {
-        0 if choice & 0x10 == 0 => Box::new(Rng::new()),
+        0 if choice & 0x30 == 0 => Box::new(Rng::new()),
+        0 if choice & 0x30 == 0x20 => Box::new(Balloon::new()),
+        0 if choice & 0x30 == 0x30 => Box::new(mem()),
         0 => Box::new(SteppedNet::with_thread(1500, pair().1).expect("device")),
         1 => {
             let directory = tempfile::tempdir().expect("directory");
@@ -73,6 +75,18 @@ pub fn device(choice: u8) -> Box<dyn VirtioDevice> {
             Box::new(FileSystem::try_new(config).expect("device"))
         }
     }
+}
+
+/// Its region is not there: what it answers is all that counts.
+fn mem() -> Mem {
+    let mem = Mem::try_new(MemConfig {
+        start: Mem::BLOCK_BYTES,
+        bytes: 8 * Mem::BLOCK_BYTES,
+        changed: Arc::new(|_| ()),
+    });
+    let mem = mem.expect("whole blocks");
+    mem.size().request(4 * Mem::BLOCK_BYTES).expect("fits");
+    mem
 }
 
 /// Puts a device behind registers.

@@ -127,7 +127,7 @@ fn guest_plugs_what_is_requested_and_no_more() {
     assert_eq!(bench.ask(PLUG, START + BLOCK, 1), ERROR);
     assert_eq!(bench.ask(PLUG, START + 3 * BLOCK, 2), NACK);
     assert_eq!(bench.ask(PLUG, START + 3 * BLOCK, 1), ACK);
-    drop(bench.mem);
+    bench.mem.pause();
     assert_eq!(bench.plugged.load(Ordering::SeqCst), 3 * BLOCK);
 }
 
