@@ -6,6 +6,7 @@
 mod apparmor;
 mod clock;
 mod containers;
+mod cpus;
 mod entropy;
 mod forward;
 mod guest;

@@ -16,11 +16,11 @@ use agent_protocol::{
         FitMemoryResponse, HelloRequest, HelloResponse, ListProcessesRequest,
         ListProcessesResponse, LoadApparmorPolicyRequest, LoadApparmorPolicyResponse,
         PauseContainerRequest, PauseContainerResponse, ResizeTerminalRequest,
-        ResizeTerminalResponse, ResumeContainerRequest, ResumeContainerResponse, SetNetworkRequest,
-        SetNetworkResponse, SetSysctlsRequest, SetSysctlsResponse, ShutdownRequest,
-        ShutdownResponse, SignalProcessRequest, SignalProcessResponse, StartProcessRequest,
-        StartProcessResponse, UpdateContainerRequest, UpdateContainerResponse, WaitProcessRequest,
-        WaitProcessResponse,
+        ResizeTerminalResponse, ResumeContainerRequest, ResumeContainerResponse, SetCpusRequest,
+        SetCpusResponse, SetNetworkRequest, SetNetworkResponse, SetSysctlsRequest,
+        SetSysctlsResponse, ShutdownRequest, ShutdownResponse, SignalProcessRequest,
+        SignalProcessResponse, StartProcessRequest, StartProcessResponse, UpdateContainerRequest,
+        UpdateContainerResponse, WaitProcessRequest, WaitProcessResponse,
     },
     service::Agent,
 };
@@ -35,12 +35,12 @@ use ttrpc::{Code, r#async::TtrpcContext};
 use crate::{
     apparmor, clock,
     containers::Containers,
-    entropy, guest_memory,
+    cpus, entropy, guest_memory,
     network::Network,
     pod,
     reaper::Exit,
     stats::metrics,
-    status::{chain, internal, network_code, pod_code, refused, status, sysctls_code},
+    status::{chain, cpus_code, internal, network_code, pod_code, refused, status, sysctls_code},
     sysctls,
 };
 
@@ -130,6 +130,21 @@ impl Agent for Service {
         })
         .await?;
         Ok(SetSysctlsResponse::default())
+    }
+
+    async fn set_cpus(
+        &self,
+        _: &TtrpcContext,
+        request: SetCpusRequest,
+    ) -> ttrpc::Result<SetCpusResponse> {
+        to_its_end(async move {
+            spawn_blocking(move || cpus::set(request.count))
+                .await
+                .map_err(|error| internal(&error))?
+                .map_err(|error| status(cpus_code(&error), chain(&error)))
+        })
+        .await?;
+        Ok(SetCpusResponse::default())
     }
 
     async fn fit_memory(

@@ -9,8 +9,17 @@ use agent_container::{
 use ttrpc::{Code, get_status};
 
 use crate::{
-    containers::ContainerError, network::NetworkError, pod::PodError, sysctls::SysctlsError,
+    containers::ContainerError, cpus::CpusError, network::NetworkError, pod::PodError,
+    sysctls::SysctlsError,
 };
+
+/// Whose fault it is that the guest has not the CPUs that it is to have.
+pub fn cpus_code(error: &CpusError) -> Code {
+    match error {
+        CpusError::Count { .. } => Code::INVALID_ARGUMENT,
+        CpusError::Change { .. } | CpusError::Read { .. } => Code::INTERNAL,
+    }
+}
 
 pub fn refused(error: &ContainerError) -> ttrpc::Error {
     status(code(error), chain(error))

@@ -84,6 +84,17 @@ pub enum ResizeError {
     /// It has none to plug.
     #[error("the VM has a fixed size")]
     Fixed,
+    /// More vCPUs than it was described with, or none.
+    #[error("{count} vCPUs: the VM can have 1 to {max}")]
+    Vcpus {
+        /// As asked.
+        count: u8,
+        /// What it was described with.
+        max: u8,
+    },
+    /// A vCPU that cannot be made.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
 }
 
 /// A VM that runs.
@@ -91,6 +102,8 @@ pub struct Machine {
     vcpus: VcpuThreads,
     devices: Arc<Surroundings>,
     slots: Slots,
+    vm: Vm,
+    model: VcpuModel,
     memory: GuestMemoryMmap,
     booted_mib: u32,
     /// Of the memory that can be plugged.
@@ -174,7 +187,7 @@ impl Machine {
         let plug = add_plug(&mut slots, &mut mmio, config, &memory, lifecycle)?;
         slots.leave_rest_empty(&mut mmio)?;
 
-        // All vCPUs exist before the first runs: it may start the others at once.
+        // All vCPUs with which it boots exist before the first runs: it may start the others at once.
         let model = VcpuModel::try_new(&kvm, config.vcpus.max)?;
         let vcpus = (0..config.vcpus.boot)
             .map(|id| Vcpu::create(&vm, &model, id))
@@ -196,6 +209,8 @@ impl Machine {
             vcpus,
             devices,
             slots,
+            vm,
+            model,
             memory,
             booted_mib: config.memory.size_mib,
             plug,
@@ -233,6 +248,25 @@ impl Machine {
         Ok(self.with_plugged(requested))
     }
 
+    /// Makes vCPUs until there are so many, and returns how many there are: those that
+    /// are there stay, also when one fails.
+    ///
+    /// # Errors
+    /// When the guest was not told of so many, or the host lacks what they need.
+    pub fn resize_vcpus(&mut self, count: u8) -> Result<u8, ResizeError> {
+        let max = self.model.max();
+        if count == 0 || count > max {
+            return Err(ResizeError::Vcpus { count, max });
+        }
+        // No more than `max`.
+        let made = self.vcpus.count() as u8;
+        for id in made..count {
+            let vcpu = Vcpu::create(&self.vm, &self.model, id)?;
+            self.vcpus.add(vcpu, &self.devices)?;
+        }
+        Ok(count.max(made))
+    }
+
     /// How much memory the guest has in all, in MiB, with so much of what can be plugged.
     pub fn with_plugged(&self, bytes: u64) -> u32 {
         self.booted_mib + u32::try_from(bytes >> 20).unwrap_or(u32::MAX - self.booted_mib)
@@ -247,6 +281,7 @@ impl Machine {
             vcpus,
             devices,
             slots: _slots,
+            vm: _vm,
             memory,
             ..
         } = self;

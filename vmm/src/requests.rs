@@ -9,7 +9,7 @@ use vmm_devices::{Net, NetConfig, NetError};
 
 use crate::control::Descriptors;
 use crate::log::{describe, log};
-use crate::machine::Machine;
+use crate::machine::{Machine, ResizeError};
 use crate::slots::SlotError;
 
 /// Why a network cannot be added or removed.
@@ -31,7 +31,18 @@ enum NetworkError {
 pub fn answer(machine: &mut Machine, request: &Request, descriptors: Descriptors) -> Option<Event> {
     let valid = request.validate(descriptors.count());
     let answered = match *request {
-        Request::ResizeMemory { size_mib } => return Some(resize(machine, valid, size_mib)),
+        Request::ResizeMemory { size_mib } => {
+            return Some(resized(valid, || {
+                let size_mib = machine.resize_memory(size_mib)?;
+                Ok(Event::MemoryRequested { size_mib })
+            }));
+        }
+        Request::ResizeVcpus { count } => {
+            return Some(resized(valid, || {
+                let count = machine.resize_vcpus(count)?;
+                Ok(Event::VcpusResized { count })
+            }));
+        }
         Request::AddNetwork(network) => valid
             .map_err(NetworkError::from)
             .and_then(|()| add_network(machine, network, descriptors)),
@@ -49,15 +60,13 @@ pub fn answer(machine: &mut Machine, request: &Request, descriptors: Descriptors
     }))
 }
 
-fn resize(machine: &Machine, valid: Result<(), ConfigError>, size_mib: u32) -> Event {
-    let resized = valid.map_err(|error| describe(&error)).and_then(|()| {
-        let resized = machine.resize_memory(size_mib);
-        resized.map_err(|error| describe(&error))
-    });
-    match resized {
-        Ok(size_mib) => Event::MemoryRequested { size_mib },
-        Err(error) => Event::ResizeRefused { error },
-    }
+fn resized(
+    valid: Result<(), ConfigError>,
+    resize: impl FnOnce() -> Result<Event, ResizeError>,
+) -> Event {
+    let resized = valid.map_err(|error| describe(&error));
+    let resized = resized.and_then(|()| resize().map_err(|error| describe(&error)));
+    resized.unwrap_or_else(|error| Event::ResizeRefused { error })
 }
 
 fn add_network(

@@ -11,7 +11,7 @@ use agent_protocol::api::{
     AdjustTimeRequest, ContainerStatsRequest, CreateContainerRequest, CreatePodRequest,
     DeleteProcessRequest, ExecProcessRequest, FitMemoryRequest, HelloRequest,
     LoadApparmorPolicyRequest, Metrics, PauseContainerRequest, ProcessId, ResizeTerminalRequest,
-    ResumeContainerRequest, SetNetworkRequest, SetSysctlsRequest, ShutdownRequest,
+    ResumeContainerRequest, SetCpusRequest, SetNetworkRequest, SetSysctlsRequest, ShutdownRequest,
     SignalProcessRequest, StartProcessRequest, Stdio, StreamHeader, UpdateContainerRequest,
     WaitProcessRequest, WaitProcessResponse,
 };
@@ -396,6 +396,20 @@ impl Agent {
             "change the container's limits",
             self.client
                 .update_container(bounded(CALL_TIMEOUT), &request),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Brings the guest's first `count` CPUs online, and the others offline.
+    pub async fn set_cpus(&self, count: u8) -> Result<(), Error> {
+        let request = SetCpusRequest {
+            count: count.into(),
+            ..SetCpusRequest::default()
+        };
+        call(
+            "bring the guest's CPUs on- or offline",
+            self.client.set_cpus(bounded(CALL_TIMEOUT), &request),
         )
         .await
         .map(drop)

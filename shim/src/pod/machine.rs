@@ -153,6 +153,15 @@ impl Machine {
         self.change(request, None).await
     }
 
+    /// Sees to it that there are so many vCPUs for the guest to start.
+    ///
+    /// # Errors
+    /// Why that cannot be.
+    pub async fn resize_vcpus(&self, count: u8) -> Result<(), String> {
+        let request = Request::ResizeVcpus { count };
+        self.change(request, None).await.map(drop)
+    }
+
     /// How much memory it has, in MiB; told as it changes.
     pub fn memory_mib(&self) -> watch::Receiver<u32> {
         self.memory_mib.clone()

@@ -2,7 +2,8 @@
 //!
 //! It grows before a container may use more, and shrinks after it may no longer,
 //! while nobody waits. It is never smaller than it has booted. A guest takes and
-//! gives memory as it can: what it cannot give yet, it gives later.
+//! gives memory as it can: what it cannot give yet, it gives later. vCPUs are made when
+//! they are first asked for; one that is no longer wanted the guest stops, and it sleeps.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,11 +13,11 @@ use serde_json::Value;
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
-use super::Pod;
 use super::agent::Agent;
 use super::host_side::HostSide;
 use super::limits::Limits;
-use super::size::{Host, Size, UNLIMITED_POD_BYTES, memory_mib, within_grant};
+use super::size::{Host, Size, UNLIMITED_POD_BYTES, memory_mib, vcpus, within_grant};
+use super::{Pod, chain};
 
 /// How long a container waits for its memory. Usually it takes milliseconds; one
 /// that has less may run all the same.
@@ -39,6 +40,21 @@ impl Demands {
         };
         memory_mib(bytes, host.memory_bytes)
     }
+
+    /// vCPUs for all that they may use at once, and that they are pinned to.
+    fn vcpus(&self, host: Host) -> u8 {
+        let limited = self.0.values().filter_map(|limits| limits.millicpus());
+        let millis = limited.fold(0_u64, u64::saturating_add);
+        let last = self.0.values().filter_map(|limits| limits.last_cpu).max();
+        vcpus(Some(millis), last, host)
+    }
+}
+
+/// What the VM was asked to have last.
+#[derive(Clone, Copy, Debug)]
+struct Asked {
+    memory_mib: u32,
+    vcpus: u8,
 }
 
 /// The size of a pod's VM, and what it is for.
@@ -46,8 +62,8 @@ impl Demands {
 pub struct Room {
     booted: Size,
     demands: Mutex<Demands>,
-    /// What the VM was asked to have last, in MiB; held while that changes.
-    asked_mib: tokio::sync::Mutex<u32>,
+    /// Held while it changes.
+    asked: tokio::sync::Mutex<Asked>,
 }
 
 /// Which way a VM may change.
@@ -63,12 +79,21 @@ impl Room {
         Self {
             booted,
             demands: Mutex::default(),
-            asked_mib: tokio::sync::Mutex::new(booted.memory.size_mib),
+            asked: tokio::sync::Mutex::new(Asked {
+                memory_mib: booted.memory.size_mib,
+                vcpus: booted.vcpus.boot,
+            }),
         }
     }
 
     fn demands(&self) -> MutexGuard<'_, Demands> {
         self.demands.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wanted_vcpus(&self) -> u8 {
+        let booted = self.booted.vcpus;
+        let wanted = self.demands().vcpus(Host::this());
+        wanted.clamp(booted.boot, booted.max)
     }
 
     fn wanted_mib(&self, granted_bytes: Option<u64>) -> u32 {
@@ -120,7 +145,42 @@ impl Pod {
     }
 
     async fn resize(&self, direction: Direction) {
-        let mut asked_mib = self.room.asked_mib.lock().await;
+        let mut asked = self.room.asked.lock().await;
+        self.resize_vcpus(&mut asked.vcpus, direction).await;
+        self.resize_memory(&mut asked.memory_mib, direction).await;
+    }
+
+    async fn resize_vcpus(&self, asked: &mut u8, direction: Direction) {
+        let (before, wanted) = (*asked, self.room.wanted_vcpus());
+        if wanted == before || (wanted < before && direction == Direction::Up) {
+            return;
+        }
+        // There is none before the guest is ready, and it has booted with what it needs by then.
+        let Some(agent) = self.agent_now() else {
+            return;
+        };
+        let made = if wanted > before {
+            self.machine().resize_vcpus(wanted).await
+        } else {
+            // Those that the guest stops stay, asleep.
+            Ok(())
+        };
+        let changed = match made {
+            Ok(()) => agent.set_cpus(wanted).await.map_err(|error| chain(&error)),
+            Err(reason) => Err(reason),
+        };
+        match changed {
+            Ok(()) => *asked = wanted,
+            Err(reason) if self.machine().end().is_some() => {
+                debug!("the VM's vCPUs are not changed: {reason}");
+            }
+            Err(reason) => {
+                warn!("the VM keeps {before} vCPUs instead of {wanted}: {reason}");
+            }
+        }
+    }
+
+    async fn resize_memory(&self, asked_mib: &mut u32, direction: Direction) {
         let before = *asked_mib;
         let mut wanted = self.room.wanted_mib(None);
         if wanted > before {
@@ -186,9 +246,9 @@ pub async fn keep(pod: Pod, agent: Agent) {
         let now = *memory.borrow_and_update();
         fit(&agent).await;
         // While it is held, the VM grows, and has been given its bound.
-        let asked = pod.room.asked_mib.try_lock().map(|asked| *asked);
-        if let Ok(asked) = asked {
-            pod.limit_on_host(now.max(asked)).await;
+        let asked = pod.room.asked.try_lock().map(|asked| asked.memory_mib);
+        if let Ok(asked_mib) = asked {
+            pod.limit_on_host(now.max(asked_mib)).await;
         }
     }
 }
@@ -238,6 +298,18 @@ mod tests {
         ]));
         assert_eq!(more, mixed);
         assert_eq!(of(demands([limited(1 << 40), limited(1 << 43)])), 8192);
+    }
+
+    #[test]
+    fn vcpus_are_for_all_that_is_used_at_once_and_pinned_to() {
+        let cpu = |cpu: serde_json::Value| Limits::default().changed_by(&json!({ "cpu": cpu }));
+        let of = |demands: Demands| demands.vcpus(HOST);
+        assert_eq!(of(Demands::default()), 1);
+        let half = cpu(json!({"quota": 50_000, "period": 100_000}));
+        assert_eq!(of(demands([half, half])), 1);
+        assert_eq!(of(demands([half, half, half, Limits::default()])), 2);
+        assert_eq!(of(demands([half, cpu(json!({"cpus": "2"}))])), 3);
+        assert_eq!(of(demands([cpu(json!({"quota": 900_000}))])), 4);
     }
 
     #[test]

@@ -20,6 +20,9 @@ const PAGE_STRUCTURES: u64 = 64;
 /// By how much a VM can grow, which costs nothing until it does: with more, the
 /// steps in which it grows would become coarse.
 const GROWTH_MIB: u32 = 32 * 1024;
+/// Up to how many vCPUs a small VM can grow; a larger one can double. The guest keeps
+/// some memory for each, whether or not it is there.
+const GROWTH_VCPUS: u8 = 8;
 /// What a pod takes of the host's memory beside its VM's: the shim, the monitor,
 /// the file server, and what the host's kernel keeps for them.
 const HOST_OVERHEAD_MIB: u64 = 64;
@@ -108,11 +111,11 @@ impl Size {
         }
         let host_mib = u32::try_from(host.memory_bytes / MIB).unwrap_or(u32::MAX);
         let most = host_mib.min(wanted.saturating_add(GROWTH_MIB));
-        let vcpus = vcpus(limits, host);
+        let vcpus = vcpus(limits.millicpus(), limits.last_cpu, host);
         Ok(Self {
             vcpus: Vcpus {
                 boot: vcpus,
-                max: vcpus,
+                max: most_vcpus(vcpus, host),
             },
             memory: Memory {
                 size_mib,
@@ -123,11 +126,19 @@ impl Size {
 }
 
 /// As many as can be used at once, and those that are pinned to.
-fn vcpus(limits: Limits, host: Host) -> u8 {
-    let pinned = limits.last_cpu.map_or(1, |last| last.saturating_add(1));
-    let used = limits.millicpus().map_or(1, |millis| millis.div_ceil(1000));
+pub fn vcpus(millicpus: Option<u64>, last_cpu: Option<u64>, host: Host) -> u8 {
+    let pinned = last_cpu.map_or(1, |last| last.saturating_add(1));
+    let used = millicpus.map_or(1, |millis| millis.div_ceil(1000));
     let count = pinned.max(used).min(host.cpus);
     u8::try_from(count).map_or(MAX_VCPUS, |count| count.clamp(1, MAX_VCPUS))
+}
+
+/// As many as such a VM may get later.
+fn most_vcpus(booted: u8, host: Host) -> u8 {
+    let host = u8::try_from(host.cpus).unwrap_or(MAX_VCPUS);
+    host.min(booted.saturating_mul(2).max(GROWTH_VCPUS))
+        .min(MAX_VCPUS)
+        .max(booted)
 }
 
 /// Memory of a VM whose containers may take this much together.
@@ -180,7 +191,7 @@ mod tests {
     fn size_of(spec: &Value, membership: &Membership) -> (u8, u32) {
         let size =
             Size::of(Limits::of_pod(spec, membership), membership, HOST, None).expect("fits");
-        assert_eq!(size.vcpus.boot, size.vcpus.max);
+        assert_eq!(size.vcpus.max, 4);
         assert!(size.memory.max_mib >= size.memory.size_mib);
         (size.vcpus.boot, size.memory.size_mib)
     }
@@ -278,6 +289,7 @@ mod tests {
             let size = Size::of(Limits::of_pod(&spec, &alone), &alone, host, None);
             let size = size.expect("nothing is granted");
             prop_assert!((1..=MAX_VCPUS).contains(&size.vcpus.boot));
+            prop_assert!((size.vcpus.boot..=MAX_VCPUS).contains(&size.vcpus.max));
             prop_assert!((MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&size.memory.size_mib));
         }
     }

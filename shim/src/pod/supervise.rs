@@ -238,6 +238,7 @@ async fn watch(
                         Event::NetworkAdded { slot } | Event::NetworkRemoved { slot } => {
                             answer(&mut waiting, Ok(slot));
                         }
+                        Event::VcpusResized { count } => answer(&mut waiting, Ok(count.into())),
                         Event::MemoryRequested { size_mib } => answer(&mut waiting, Ok(size_mib)),
                         Event::NetworkRefused { error } | Event::ResizeRefused { error } => {
                             answer(&mut waiting, Err(printable(&error)));
@@ -296,6 +297,7 @@ async fn why_server_ended(vm: &Vm, control: &AsyncFd<OwnedFd>) -> Cause {
                     | Event::NetworkRemoved { .. }
                     | Event::NetworkRefused { .. }
                     | Event::MemoryRequested { .. }
+                    | Event::VcpusResized { .. }
                     | Event::MemoryResized { .. }
                     | Event::ResizeRefused { .. },
                 )) => {}

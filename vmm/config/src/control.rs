@@ -60,6 +60,12 @@ pub enum Request {
         /// In MiB, from what the VM had at the start to its most.
         size_mib: u32,
     },
+    /// Makes vCPUs until there are so many, which the guest may then start. Those that
+    /// are there stay. Answered by [`Event::VcpusResized`] or [`Event::ResizeRefused`].
+    ResizeVcpus {
+        /// 1 to the most that the VM was described with.
+        count: u8,
+    },
     /// Ends the VM at once, without asking the guest. Answered by
     /// [`Event::Exited`].
     Stop,
@@ -75,7 +81,7 @@ impl Request {
         match self {
             Self::Boot(config) => config.validate(descriptors),
             Self::AddNetwork(network) => network.validate(descriptors),
-            Self::RemoveNetwork { .. } | Self::ResizeMemory { .. } => {
+            Self::RemoveNetwork { .. } | Self::ResizeMemory { .. } | Self::ResizeVcpus { .. } => {
                 validate_descriptors([], descriptors)
             }
             Self::Stop => Ok(()),
@@ -111,6 +117,11 @@ pub enum Event {
     MemoryRequested {
         /// In MiB, rounded up to what the guest can have.
         size_mib: u32,
+    },
+    /// There are so many vCPUs, running or waiting for the guest to start them.
+    VcpusResized {
+        /// Not fewer than before.
+        count: u8,
     },
     /// A resize could not be done, and all is as it was before.
     ResizeRefused {
@@ -280,6 +291,8 @@ mod tests {
         assert_eq!(decode::<Request>(json).expect("decodes"), add);
         let resize = br#"{"version":1,"message":{"resize_memory":{"size_mib":584}}}"#;
         assert_eq!(encode(&Request::ResizeMemory { size_mib: 584 }), resize);
+        let resize = br#"{"version":1,"message":{"resize_vcpus":{"count":3}}}"#;
+        assert_eq!(encode(&Request::ResizeVcpus { count: 3 }), resize);
         let remove = br#"{"version":1,"message":{"remove_network":{"slot":3}}}"#;
         assert_eq!(encode(&Request::RemoveNetwork { slot: 3 }), remove);
         for (event, json) in [
@@ -294,6 +307,10 @@ mod tests {
             (
                 Event::MemoryRequested { size_mib: 584 },
                 r#"{"memory_requested":{"size_mib":584}}"#,
+            ),
+            (
+                Event::VcpusResized { count: 3 },
+                r#"{"vcpus_resized":{"count":3}}"#,
             ),
             (
                 Event::MemoryResized { size_mib: 584 },

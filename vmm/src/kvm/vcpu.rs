@@ -87,6 +87,11 @@ pub struct VcpuModel {
 }
 
 impl VcpuModel {
+    /// The most vCPUs that the machine will ever have.
+    pub fn max(&self) -> u8 {
+        self.max
+    }
+
     /// Asks KVM for what its CPUs can do. `max` is the most vCPUs that the
     /// machine will ever have.
     ///
@@ -276,34 +281,63 @@ impl VcpuThreads {
         surroundings: &Arc<Surroundings>,
     ) -> Result<(Self, Instant), VcpuError> {
         kick::install().map_err(VcpuError::Signal)?;
-        let (sender, first_run) = mpsc::channel();
+        let (sender, entered) = mpsc::channel();
         let mut started = Self {
             threads: Vec::with_capacity(vcpus.len()),
             stop: Arc::default(),
         };
         // The first vCPU last: when it starts the others, they are there.
-        for mut vcpu in vcpus.into_iter().rev() {
-            let id = vcpu.id;
-            let stop = Arc::clone(&started.stop);
-            let surroundings = Arc::clone(surroundings);
-            let sender = sender.clone();
-            let thread = Builder::new()
-                .name(format!("vcpu{id}"))
-                .spawn(move || {
-                    let mut kickable = Kickable::new(&mut vcpu.fd);
-                    // The receiver may be gone: it waits for the first vCPU only.
-                    let _ = sender.send((id, Instant::now()));
-                    run(&mut kickable, id, &surroundings, &stop);
-                })
-                .map_err(|source| VcpuError::Thread { id, source })?;
-            started.threads.push(thread);
+        for vcpu in vcpus.into_iter().rev() {
+            started.spawn(vcpu, surroundings, &sender)?;
         }
         drop(sender);
-        let at = first_run
+        let at = entered
             .into_iter()
             .find_map(|(id, at)| (id == 0).then_some(at))
             .unwrap_or_else(Instant::now);
         Ok((started, at))
+    }
+
+    /// Starts the thread of one more vCPU, which the guest may start once this returns.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn add(&mut self, vcpu: Vcpu, surroundings: &Arc<Surroundings>) -> Result<(), VcpuError> {
+        let (sender, entered) = mpsc::channel();
+        self.spawn(vcpu, surroundings, &sender)?;
+        drop(sender);
+        // Gone without a word only when it panicked, which ends the VM.
+        let _ = entered.recv();
+        Ok(())
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// Starts a thread, which tells when it is about to enter the guest.
+    fn spawn(
+        &mut self,
+        mut vcpu: Vcpu,
+        surroundings: &Arc<Surroundings>,
+        entered: &mpsc::Sender<(u8, Instant)>,
+    ) -> Result<(), VcpuError> {
+        let id = vcpu.id;
+        let stop = Arc::clone(&self.stop);
+        let surroundings = Arc::clone(surroundings);
+        let entered = entered.clone();
+        let thread = Builder::new()
+            .name(format!("vcpu{id}"))
+            .spawn(move || {
+                let mut kickable = Kickable::new(&mut vcpu.fd);
+                // The receiver may be gone: it waits for the first vCPU only.
+                let _ = entered.send((id, Instant::now()));
+                run(&mut kickable, id, &surroundings, &stop);
+            })
+            .map_err(|source| VcpuError::Thread { id, source })?;
+        self.threads.push(thread);
+        Ok(())
     }
 }
 

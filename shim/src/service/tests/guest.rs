@@ -14,10 +14,10 @@ use agent_protocol::api::{
     DeleteProcessRequest, DeleteProcessResponse, ExecProcessRequest, ExecProcessResponse,
     FitMemoryRequest, FitMemoryResponse, HelloRequest, HelloResponse, Metrics,
     PauseContainerRequest, PauseContainerResponse, ProcessId, ResizeTerminalRequest,
-    ResizeTerminalResponse, ResumeContainerRequest, ResumeContainerResponse, ShutdownRequest,
-    ShutdownResponse, SignalProcessRequest, SignalProcessResponse, StartProcessRequest,
-    StartProcessResponse, UpdateContainerRequest, UpdateContainerResponse, WaitProcessRequest,
-    WaitProcessResponse, stream_header::Kind,
+    ResizeTerminalResponse, ResumeContainerRequest, ResumeContainerResponse, SetCpusRequest,
+    SetCpusResponse, ShutdownRequest, ShutdownResponse, SignalProcessRequest,
+    SignalProcessResponse, StartProcessRequest, StartProcessResponse, UpdateContainerRequest,
+    UpdateContainerResponse, WaitProcessRequest, WaitProcessResponse, stream_header::Kind,
 };
 use agent_protocol::service::{Agent, create_agent};
 use agent_protocol::{
@@ -59,6 +59,8 @@ pub struct Guest {
     pub pod: Mutex<Option<CreatePodRequest>>,
     /// The sizes that the VM's memory was to have, in MiB.
     pub memory_sizes: watch::Sender<Vec<u32>>,
+    /// What the monitor and the agent did about vCPUs.
+    pub vcpus: watch::Sender<Vec<String>>,
     /// How often the agent has fitted its containers to it.
     pub fits: AtomicU32,
     /// What an update asked for last.
@@ -83,6 +85,7 @@ impl Guest {
             specs: Mutex::default(),
             pod: Mutex::default(),
             memory_sizes: watch::Sender::new(Vec::new()),
+            vcpus: watch::Sender::new(Vec::new()),
             fits: AtomicU32::new(0),
             limits: Mutex::default(),
             paused: Mutex::default(),
@@ -92,6 +95,10 @@ impl Guest {
             clock_ahead_ns: Mutex::default(),
             ahead_at_create_ns: watch::Sender::new(None),
         })
+    }
+
+    fn note_vcpus(&self, what: String) {
+        self.vcpus.send_modify(|done| done.push(what));
     }
 
     /// Boots on the monitor's listener.
@@ -108,14 +115,20 @@ impl Guest {
         let changed = Arc::clone(self);
         tokio::spawn(async move {
             while let Some(change) = changes.recv().await {
-                let Request::ResizeMemory { size_mib } = change.request else {
-                    continue;
-                };
-                changed
-                    .memory_sizes
-                    .send_modify(|sizes| sizes.push(size_mib));
-                let _ = change.answer.send(Ok(size_mib));
-                memory_mib.send_replace(size_mib);
+                match change.request {
+                    Request::ResizeMemory { size_mib } => {
+                        changed
+                            .memory_sizes
+                            .send_modify(|sizes| sizes.push(size_mib));
+                        let _ = change.answer.send(Ok(size_mib));
+                        memory_mib.send_replace(size_mib);
+                    }
+                    Request::ResizeVcpus { count } => {
+                        changed.note_vcpus(format!("made {count}"));
+                        let _ = change.answer.send(Ok(count.into()));
+                    }
+                    _ => {}
+                }
             }
         });
         tokio::spawn(async move {
@@ -371,6 +384,15 @@ impl Agent for Rpc {
         let resources = serde_json::from_slice(&request.linux_resources_json).expect("is JSON");
         *self.0.limits.lock().expect("unpoisoned") = Some(resources);
         Ok(UpdateContainerResponse::new())
+    }
+
+    async fn set_cpus(
+        &self,
+        _: &TtrpcContext,
+        request: SetCpusRequest,
+    ) -> ttrpc::Result<SetCpusResponse> {
+        self.0.note_vcpus(format!("online {}", request.count));
+        Ok(SetCpusResponse::new())
     }
 
     async fn fit_memory(

@@ -56,6 +56,26 @@ async fn vm_grows_before_its_containers_may_use_more_and_shrinks_after() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vcpus_are_made_before_they_are_started_and_only_stopped_after() {
+    if crate::pod::size::Host::this().cpus < 2 {
+        // A VM has no more than the host.
+        return;
+    }
+    let world = World::new("box").await;
+    let pid = world.create("box", &sandbox()).await.expect("creates");
+    let mut spec = member("box", pid, &["sleep"]);
+    spec["linux"]["resources"] = json!({"cpu": {"quota": 150_000, "period": 100_000}});
+    world.create("a", &spec).await.expect("creates");
+    let one = json!({"cpu": {"quota": 50_000, "period": 100_000}}).to_string();
+    world.update("a", &one).await.expect("updates");
+    let mut done = world.guest.vcpus.subscribe();
+    let settled = done.wait_for(|done| done == &["made 2", "online 2", "online 1"]);
+    let settled = tokio::time::timeout(Duration::from_secs(20), settled).await;
+    let settled = settled.is_ok();
+    assert!(settled, "{:?}", *world.guest.vcpus.borrow());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn vm_has_its_size_again_when_an_update_fails() {
     let world = World::new("box").await;
     let pid = world.create("box", &sandbox()).await.expect("creates");

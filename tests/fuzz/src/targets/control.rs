@@ -22,7 +22,9 @@ pub fn run(data: &[u8]) {
                     assert!(network.mtu >= MIN_MTU);
                     assert_eq!((choice, network.tap), (1, FdIndex(0)));
                 }
-                Request::RemoveNetwork { .. } | Request::ResizeMemory { .. } => {
+                Request::RemoveNetwork { .. }
+                | Request::ResizeMemory { .. }
+                | Request::ResizeVcpus { .. } => {
                     assert_eq!(valid, choice == 0);
                 }
                 Request::AddNetwork(_) | Request::Stop => {}
