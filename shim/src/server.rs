@@ -21,7 +21,7 @@ use crate::host::directory::{self, PodLock, PodPaths};
 use crate::host::{children, cleanup};
 use crate::log;
 use crate::pod::{chain, host_side, log_hooks};
-use crate::service::{Shim, rpc};
+use crate::service::{Shim, rpc, sandbox_rpc};
 
 /// Threads for what waits; what blocks has threads of its own, which go again.
 const WORKER_THREADS: usize = 2;
@@ -116,7 +116,8 @@ async fn run(paths: &PodPaths, listener: UnixListener, lock: PodLock) -> Result<
     let listener = Listener::try_from(listener).map_err(failed("listen"))?;
     let mut server = Server::new()
         .add_listener(listener)
-        .register_service(rpc::services(&shim));
+        .register_service(rpc::services(&shim))
+        .register_service(sandbox_rpc::services(&shim));
     server.start().await.map_err(Error::Serve)?;
     spawn_sweep(paths);
     info!(pod = paths.id(), "serving");

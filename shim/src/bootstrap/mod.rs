@@ -113,7 +113,12 @@ pub fn start(invocation: &Invocation) -> Result<(), Error> {
     let environment = std::env::var("TTRPC_ADDRESS").ok();
     let params = Params::parse(&stdin, environment, invocation)?;
     let bundle = std::env::current_dir().map_err(Error::io("read the working directory"))?;
-    let membership = Membership::of(&spec::read(&bundle)?)?;
+    let membership = match spec::read(&bundle) {
+        Ok(spec) => Membership::of(&spec)?,
+        // A sandbox's, which says what it is by CreateSandbox.
+        Err(spec::Error::Absent { .. }) => Membership::Sandbox,
+        Err(error) => return Err(error.into()),
+    };
     let paths = PodPaths::try_new(&invocation.namespace, membership.pod_id(&invocation.id))?;
     directory::check_id(&invocation.id)?;
 

@@ -26,6 +26,23 @@ pub enum Error {
         /// As asked for.
         exec_id: String,
     },
+    /// A sandbox that is not there, or another's.
+    #[error("sandbox {id} is not known: this is the shim of pod {pod}")]
+    NoSandbox {
+        /// As asked for.
+        id: String,
+        /// Ours.
+        pod: String,
+    },
+    /// The bundle of a sandbox.
+    #[error("write what the pod's containers share into {path}")]
+    Bundle {
+        /// Which.
+        path: std::path::PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
     /// A task that is there already.
     #[error("task {id} exists already")]
     Exists {
@@ -111,9 +128,10 @@ impl Error {
     /// The code for containerd.
     pub fn code(&self) -> Code {
         match self {
-            Self::NoTask { .. } | Self::NoProcess { .. } | Self::State(WrongState::Finished) => {
-                Code::NOT_FOUND
-            }
+            Self::NoTask { .. }
+            | Self::NoProcess { .. }
+            | Self::NoSandbox { .. }
+            | Self::State(WrongState::Finished) => Code::NOT_FOUND,
             Self::Exists { .. } | Self::Exec(ExecRefusal::Exists { .. }) => Code::ALREADY_EXISTS,
             Self::State(
                 WrongState::StartedBefore
@@ -133,7 +151,7 @@ impl Error {
             }
             Self::Unsupported { .. } => Code::UNIMPLEMENTED,
             Self::Pod(error) => pod_code(error),
-            Self::Panicked(_) => Code::INTERNAL,
+            Self::Bundle { .. } | Self::Panicked(_) => Code::INTERNAL,
         }
     }
 }

@@ -6,6 +6,8 @@
 mod error;
 mod options;
 pub mod rpc;
+mod sandbox;
+pub mod sandbox_rpc;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -27,6 +29,7 @@ use crate::pod::process::{ExecRequest, Process};
 use crate::pod::{Pod, chain};
 use crate::spec::{self, GuestSpec, HostView, Membership, Peers};
 use crate::task::{Exit, WrongState};
+use sandbox::Sandboxed;
 
 /// `_NSIG` of Linux: the last of the real-time signals.
 const SIGNAL_MAX: u32 = 64;
@@ -66,6 +69,8 @@ pub struct Shim {
     paths: PodPaths,
     events: Events,
     tasks: Mutex<HashMap<String, Slot>>,
+    /// If the sandbox service is used.
+    sandbox: Mutex<Option<Sandboxed>>,
     /// Held while the pod comes up or goes down.
     pod: tokio::sync::Mutex<PodSlot>,
     /// Told when the pod has ended.
@@ -81,6 +86,7 @@ impl Shim {
             paths,
             events,
             tasks: Mutex::default(),
+            sandbox: Mutex::default(),
             pod: tokio::sync::Mutex::new(PodSlot::Before(make)),
             over: Notify::new(),
             done: Notify::new(),
@@ -113,6 +119,10 @@ impl Shim {
 
     fn tasks(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn sandbox(&self) -> MutexGuard<'_, Option<Sandboxed>> {
+        self.sandbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A task that has been created.
@@ -213,7 +223,12 @@ impl Shim {
         self: &Arc<Self>,
         request: Request,
     ) -> Result<(Pod, Container), Error> {
-        let spec = spec::read(&request.bundle).map_err(crate::pod::Error::from)?;
+        let mut spec = spec::read(&request.bundle).map_err(crate::pod::Error::from)?;
+        if let Some(files) = self.pod_files()
+            && request.id != self.paths.id()
+        {
+            files.mount_into(&mut spec);
+        }
         let (host_view, guest_spec) = GuestSpec::split(spec, &request.id, &self.peers().await)
             .map_err(crate::pod::Error::from)?;
         let pod = self.pod_for(&request.id, &host_view).await?;

@@ -11,7 +11,7 @@ use super::Error;
 /// `containerd.runc.v1.Options` (containerd, api/types/runc/options/oci.proto).
 const RUNC: &str = "containerd.runc.v1.Options";
 /// Its fields, by number.
-const FIELDS: [(u32, &str); 11] = [
+const FIELDS: [(u32, &str); 12] = [
     (1, "no_pivot_root"),
     (2, "no_new_keyring"),
     (3, "shim_cgroup"),
@@ -22,14 +22,18 @@ const FIELDS: [(u32, &str); 11] = [
     (9, "systemd_cgroup"),
     (10, "criu_image_path"),
     (11, "criu_work_path"),
-    (12, "task_api_address"),
+    (TASK_API_ADDRESS, "task_api_address"),
+    (TASK_API_VERSION, "task_api_version"),
 ];
 const IO_UID: u32 = 4;
 const IO_GID: u32 = 5;
+const TASK_API_ADDRESS: u32 = 12;
+const TASK_API_VERSION: u32 = 13;
 
 /// Takes what has its effect here: `io_uid` and `io_gid` name the root of the
 /// container's user namespace, and the guest gives the streams to that user by
-/// itself.
+/// itself; the address and version of the task service, which CRI names where a pod was
+/// asked for by the sandbox service, are those by which this call has come.
 ///
 /// # Errors
 /// Any other option, by name.
@@ -61,12 +65,13 @@ pub fn check(options: &Any) -> Result<(), Error> {
     }
 }
 
-/// The number of the first field that is neither of the two.
+/// The number of the first field that is none of these.
 fn first_unknown(value: &[u8]) -> protobuf::Result<Option<u32>> {
     let mut input = CodedInputStream::from_bytes(value);
     while let Some(tag) = input.read_raw_tag_or_eof()? {
         match tag >> 3 {
-            IO_UID | IO_GID => drop(input.read_uint32()?),
+            IO_UID | IO_GID | TASK_API_VERSION => drop(input.read_uint32()?),
+            TASK_API_ADDRESS => drop(input.read_string()?),
             number => return Ok(Some(number)),
         }
     }
@@ -90,6 +95,11 @@ mod tests {
         check(&any(RUNC, b"")).unwrap();
         // Fields 4 and 5, varints: 100000.
         check(&any(RUNC, b"\x20\xa0\x8d\x06\x28\xa0\x8d\x06")).unwrap();
+    }
+
+    #[test]
+    fn check_where_the_task_service_is_is_taken() {
+        check(&any(RUNC, b"\x62\x0bttrpc+unix:\x68\x03")).unwrap();
     }
 
     #[test]

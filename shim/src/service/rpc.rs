@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
 
+use agent_protocol::api::Metrics;
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
     CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
@@ -54,7 +55,7 @@ pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
 struct Rpc(Arc<Shim>);
 
 impl Rpc {
-    /// Runs a call to its end, whoever still listens.
+    /// [`run`] of this service's shim.
     async fn run<T, F>(
         &self,
         call: &'static str,
@@ -65,13 +66,37 @@ impl Rpc {
         T: Send + 'static,
         F: Future<Output = Result<T, Error>> + Send + 'static,
     {
-        debug!(id, call, "called");
-        let result = tokio::spawn(work(Arc::clone(&self.0))).await;
-        let result = result.map_err(Error::from).flatten();
-        result.map_err(|error| {
-            warn!(id, call, "{}", chain(&error));
-            error.into()
-        })
+        run(&self.0, call, id, work).await
+    }
+}
+
+/// Runs a call to its end, whoever still listens.
+pub(super) async fn run<T, F>(
+    shim: &Arc<Shim>,
+    call: &'static str,
+    id: &str,
+    work: impl FnOnce(Arc<Shim>) -> F,
+) -> ttrpc::Result<T>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T, Error>> + Send + 'static,
+{
+    debug!(id, call, "called");
+    let result = tokio::spawn(work(Arc::clone(shim))).await;
+    let result = result.map_err(Error::from).flatten();
+    result.map_err(|error| {
+        warn!(id, call, "{}", chain(&error));
+        error.into()
+    })
+}
+
+/// Statistics, as clients know them.
+pub(super) fn metrics_any(metrics: &Metrics) -> Any {
+    Any {
+        type_url: METRICS_TYPE.to_owned(),
+        // By the agent's protocol these bytes are that message's.
+        value: metrics.write_to_bytes().expect("a message encodes"),
+        ..Any::default()
     }
 }
 
@@ -425,12 +450,7 @@ impl TaskService for Rpc {
         self.run("Stats", &request.id.clone(), |shim| async move {
             let metrics = shim.stats(&request.id).await?;
             Ok(StatsResponse {
-                stats: MessageField::some(Any {
-                    type_url: METRICS_TYPE.to_owned(),
-                    // By the agent's protocol these bytes are that message's.
-                    value: metrics.write_to_bytes().expect("a message encodes"),
-                    ..Any::default()
-                }),
+                stats: MessageField::some(metrics_any(&metrics)),
                 ..StatsResponse::default()
             })
         })

@@ -6,6 +6,7 @@ mod hooks;
 mod membership;
 mod namespaces;
 mod rewrite;
+mod sandbox;
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -18,6 +19,14 @@ pub use binds::Volumes;
 pub use membership::Membership;
 pub use namespaces::Peers;
 pub use rewrite::{GuestSpec, HostView, IntoJsonError};
+pub use sandbox::{PodFiles, parse as parse_pod, spec_of as sandbox_spec};
+
+/// What CRI says of a pod.
+mod generated {
+    #![allow(clippy::all, clippy::pedantic, missing_docs, reason = "generated")]
+    include!(concat!(env!("OUT_DIR"), "/cri_module.rs"));
+}
+pub use generated::cri;
 
 /// Largest `config.json` that is read: far above any real one (the default
 /// specs have 10 KiB), and bounded because a client wrote it.
@@ -36,9 +45,7 @@ pub enum Error {
         source: io::Error,
     },
     /// There is none.
-    #[error(
-        "bundle has no {path}: sandboxer = \"shim\" is not supported yet, use sandboxer = \"podsandbox\""
-    )]
+    #[error("the bundle has no {path}")]
     Absent {
         /// Where it should be.
         path: PathBuf,

@@ -15,9 +15,10 @@ use agent_protocol::api::{
     FitMemoryRequest, FitMemoryResponse, HelloRequest, HelloResponse, Metrics,
     PauseContainerRequest, PauseContainerResponse, ProcessId, ResizeTerminalRequest,
     ResizeTerminalResponse, ResumeContainerRequest, ResumeContainerResponse, SetCpusRequest,
-    SetCpusResponse, ShutdownRequest, ShutdownResponse, SignalProcessRequest,
-    SignalProcessResponse, StartProcessRequest, StartProcessResponse, UpdateContainerRequest,
-    UpdateContainerResponse, WaitProcessRequest, WaitProcessResponse, stream_header::Kind,
+    SetCpusResponse, SetSysctlsRequest, SetSysctlsResponse, ShutdownRequest, ShutdownResponse,
+    SignalProcessRequest, SignalProcessResponse, StartProcessRequest, StartProcessResponse,
+    UpdateContainerRequest, UpdateContainerResponse, WaitProcessRequest, WaitProcessResponse,
+    stream_header::Kind,
 };
 use agent_protocol::service::{Agent, create_agent};
 use agent_protocol::{
@@ -63,6 +64,8 @@ pub struct Guest {
     pub vcpus: watch::Sender<Vec<String>>,
     /// How often the agent has fitted its containers to it.
     pub fits: AtomicU32,
+    /// Of the pod.
+    pub sysctls: Mutex<HashMap<String, String>>,
     /// What an update asked for last.
     pub limits: Mutex<Option<Value>>,
     pub paused: Mutex<HashSet<String>>,
@@ -87,6 +90,7 @@ impl Guest {
             memory_sizes: watch::Sender::new(Vec::new()),
             vcpus: watch::Sender::new(Vec::new()),
             fits: AtomicU32::new(0),
+            sysctls: Mutex::default(),
             limits: Mutex::default(),
             paused: Mutex::default(),
             sizes: Mutex::default(),
@@ -384,6 +388,15 @@ impl Agent for Rpc {
         let resources = serde_json::from_slice(&request.linux_resources_json).expect("is JSON");
         *self.0.limits.lock().expect("unpoisoned") = Some(resources);
         Ok(UpdateContainerResponse::new())
+    }
+
+    async fn set_sysctls(
+        &self,
+        _: &TtrpcContext,
+        request: SetSysctlsRequest,
+    ) -> ttrpc::Result<SetSysctlsResponse> {
+        *self.0.sysctls.lock().expect("unpoisoned") = request.sysctls;
+        Ok(SetSysctlsResponse::new())
     }
 
     async fn set_cpus(

@@ -5,6 +5,7 @@ mod execs;
 mod guest;
 mod host;
 mod room;
+mod sandboxes;
 
 use containerd_shim_protos::api::{
     CheckpointTaskRequest, CloseIORequest, ConnectRequest, CreateTaskRequest, DeleteRequest,
@@ -65,7 +66,8 @@ impl World {
         let mut server = Server::new()
             .bind(&address)
             .expect("binds")
-            .register_service(rpc::services(&shim));
+            .register_service(rpc::services(&shim))
+            .register_service(sandbox_rpc::services(&shim));
         server.start().await.expect("serves");
         let raw = Client::connect(&address).await.expect("connects");
         Self {

@@ -90,7 +90,7 @@ fn full(lab: &Lab) -> Result<()> {
 }
 
 /// Writes a number for ever: it stops when its memory is taken from it.
-const WORK: &str = "i=0; while :; do i=$((i+1)); echo $i >/tmp/n; done";
+const WORK: &str = "i=0; while :; do i=$((i+1)); echo $i >/tmp/m; mv /tmp/m /tmp/n; done";
 
 /// `MemTotal` of the guest in MiB, once it is within the range.
 fn total_within(lab: &Lab, container: &str, least: u32, most: u32) -> Result<u32> {

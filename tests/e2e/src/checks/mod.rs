@@ -72,4 +72,8 @@ pub const FOR_SOAK: &[(&str, &str)] = &[
         "pod_survives_its_containers_and_a_restart_on_containerd_2_3",
         "between the versions that ordinary runs have, 1.7 and 2.4",
     ),
+    (
+        "pod_of_the_shims_sandboxer_survives_its_containers_and_a_restart_on_containerd_2_3",
+        "ordinary runs have it on 2.4",
+    ),
 ];

@@ -19,6 +19,14 @@ pub const CHECKS: &[Check] = &[
         "pod_survives_its_containers_and_a_restart_on_containerd_1_7",
         on_1_7,
     ),
+    (
+        "pod_of_the_shims_sandboxer_survives_its_containers_and_a_restart_on_containerd_2_4",
+        sandboxer_on_2_4,
+    ),
+    (
+        "pod_of_the_shims_sandboxer_survives_its_containers_and_a_restart_on_containerd_2_3",
+        sandboxer_on_2_3,
+    ),
 ];
 
 fn on_2_4(lab: &Lab) -> Result<()> {
@@ -31,6 +39,65 @@ fn on_2_3(lab: &Lab) -> Result<()> {
 
 fn on_1_7(lab: &Lab) -> Result<()> {
     grouping(lab, "1.7")
+}
+
+fn sandboxer_on_2_4(lab: &Lab) -> Result<()> {
+    sandboxer(lab, "2.4")
+}
+
+fn sandboxer_on_2_3(lab: &Lab) -> Result<()> {
+    sandboxer(lab, "2.3")
+}
+
+/// The same with `sandboxer = "shim"`, and no pause container.
+fn sandboxer(lab: &Lab, version: &str) -> Result<()> {
+    let choose = |from: &str, to: &str| {
+        format!(
+            "sed -i 's/sandboxer = \"{from}\"/sandboxer = \"{to}\"/' /etc/containerd/{version}.toml"
+        )
+    };
+    lab.succeed(&choose("podsandbox", "shim"))?;
+    let outcome = grouping(lab, version).and_then(|()| {
+        lab.succeed(&format!("containerd-use {version}"))?;
+        shared_files(lab)
+    });
+    lab.run("crictl rmp -fa")?;
+    lab.succeed(&format!(
+        "{}; containerd-use 2.4",
+        choose("shim", "podsandbox")
+    ))?;
+    outcome
+}
+
+/// What CRI leaves to the shim then: names, resolver, shared memory; and what it asks
+/// of the pod.
+fn shared_files(lab: &Lab) -> Result<()> {
+    let before = lab.resources()?;
+    let shown = lab.succeed(&format!(
+        "mkdir -p /tmp/pod && cd /tmp/pod
+         echo '{POD}' | sed 's/\"linux\"/\"dns_config\": {{ \"servers\": [\"192.0.2.53\"], \"searches\": [\"e2e.test\"] }}, \"linux\"/' >pod.json
+         for name in one two; do echo '{CONTAINER}' | sed \"s/NAME/$name/\" >$name.json; done
+         pod=$(crictl runp --runtime bulkhead pod.json)
+         one=$(crictl create $pod one.json pod.json); two=$(crictl create $pod two.json pod.json)
+         crictl start $one $two >/dev/null
+         crictl exec $one sh -c 'cat /etc/hostname /etc/resolv.conf; grep -c localhost /etc/hosts; echo kept >/dev/shm/x'
+         crictl exec $two cat /dev/shm/x
+         crictl statsp $pod | tail -n 1 | cut -d' ' -f1
+         crictl pods --state ready -q | grep -c .
+         kill -KILL $(pgrep -x bulkhead-vmm)
+         for try in $(seq 300); do crictl pods --state notready -q | grep -q . && break; sleep 0.1; done
+         crictl pods --state notready -q | grep -c .
+         crictl rmp -fa >/dev/null"
+    ))?;
+    let lines: Vec<_> = shown.lines().collect();
+    ensure!(lines.len() == 8, "{shown}");
+    ensure!(
+        lines[..3] == ["podhost", "search e2e.test", "nameserver 192.0.2.53"],
+        "{shown}"
+    );
+    ensure!(lines[3] != "0" && lines[4] == "kept", "{shown}");
+    ensure!(lines[5] == "pod" && lines[6..] == ["1", "1"], "{shown}");
+    lab.expect_nothing_left(&before)
 }
 
 fn grouping(lab: &Lab, version: &str) -> Result<()> {

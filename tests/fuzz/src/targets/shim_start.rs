@@ -8,6 +8,7 @@ use shim::bootstrap::{Params, Reply};
 use shim::host::cgroup::CgroupPath;
 use shim::host::directory::{PodPaths, RUN_ROOT};
 use shim::host::overlay_options;
+use shim::spec::{GuestSpec, Membership, Peers, parse_pod, sandbox_spec};
 use shim::stdio::{Plan, Target};
 
 /// Tries one input.
@@ -17,6 +18,7 @@ pub fn run(data: &[u8]) {
     };
     let text = String::from_utf8_lossy(data);
     match choice % 6 {
+        0 if choice & 0x80 != 0 => pod(data),
         0 => arguments(&text),
         1 => standard_input(data),
         2 => identities(&text),
@@ -52,6 +54,21 @@ fn standard_input(data: &[u8]) {
     let address = "unix:///run/x";
     let reply = params.reply(address);
     assert!(params.reply == Reply::Result || reply == address.as_bytes());
+}
+
+/// A pod's configuration, by the sandbox service.
+fn pod(data: &[u8]) {
+    let Ok(config) = parse_pod(data) else {
+        return;
+    };
+    let spec = sandbox_spec("box", &config, "/run/netns/cni");
+    match GuestSpec::split(spec, "box", &Peers::default()) {
+        Ok((host, _)) => {
+            assert_eq!(host.membership, Membership::Sandbox);
+            assert!(host.hooks.create_runtime.is_empty());
+        }
+        Err(error) => assert!(!error.to_string().is_empty()),
+    }
 }
 
 /// Whatever passes names one directory below that of all pods.
