@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use agent_protocol::api::Metrics;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{Error, Shim};
 use crate::events::now_ns;
@@ -211,8 +211,14 @@ impl Shim {
         if id != self.paths.id() {
             return Err(self.no_sandbox(id));
         }
-        if self.sandbox_process(id).is_ok() {
-            self.stop_sandbox(id).await?;
+        if self.sandbox_process(id).is_ok()
+            && let Err(error) = self.stop_sandbox(id).await
+        {
+            // It ends in any case.
+            warn!(
+                "the pod is not stopped in an orderly way: {}",
+                chain(&error)
+            );
         }
         if !self.shutdown().await {
             // Containers that nobody has deleted: what is left of them is on record.

@@ -10,6 +10,7 @@ pub const CHECKS: &[Check] = &[
     ("shim_tells_its_version_and_what_it_can", shim_itself),
     ("nerdctl_detached_container_is_at_hand", detached),
     ("nerdctl_file_volume_is_read_only_as_asked", file_volume),
+    ("nerdctl_compose_services_find_each_other_by_name", compose),
     (
         "nerdctl_privileged_mounts_and_sees_no_host_disk",
         privileged,
@@ -68,6 +69,39 @@ fn detached(lab: &Lab) -> Result<()> {
          nerdctl rmi -f committed >/dev/null"
     ))?;
     ensure!(committed == "content\nback\n0", "{committed}");
+    Ok(())
+}
+
+/// Two services on a network of their own, of which the second waits for the first.
+fn compose(lab: &Lab) -> Result<()> {
+    let service = format!("image: {IMAGE}\n    pull_policy: never\n    runtime: {BULKHEAD}");
+    let file = format!(
+        "services:
+  web:
+    {service}
+    command: [httpd, -f, -p, \"80\", -h, /etc]
+  client:
+    {service}
+    command: [sleep, \"1000\"]
+    depends_on: [web]
+"
+    );
+    let shown = lab.succeed(&format!(
+        "mkdir -p /tmp/compose && cd /tmp/compose && cat >compose.yaml <<'END'
+{file}END
+         trap 'nerdctl compose -p e2e down >/dev/null 2>&1' EXIT
+         nerdctl compose -p e2e up -d >up.log 2>&1 || {{ cat up.log; exit 1; }}
+         # The second's name is written into the first's file once both run.
+         for try in $(seq 300); do
+             nerdctl exec e2e-client-1 wget -qO- http://web/hostname 2>/dev/null && break
+             sleep 0.1
+         done
+         for try in $(seq 300); do
+             nerdctl exec e2e-web-1 ping -c 1 client >/dev/null 2>&1 && echo client answers && break
+             sleep 0.1
+         done"
+    ))?;
+    ensure!(shown == "web\nclient answers", "{shown}");
     Ok(())
 }
 
