@@ -74,7 +74,7 @@ fn sandboxer(lab: &Lab, version: &str) -> Result<()> {
 fn shared_files(lab: &Lab) -> Result<()> {
     let before = lab.resources()?;
     let shown = lab.succeed(&format!(
-        "mkdir -p /tmp/pod && cd /tmp/pod
+        "rm -rf /tmp/pod && mkdir -p /tmp/pod && cd /tmp/pod
          echo '{POD}' | sed 's/\"linux\"/\"dns_config\": {{ \"servers\": [\"192.0.2.53\"], \"searches\": [\"e2e.test\"] }}, \"linux\"/' >pod.json
          for name in one two; do echo '{CONTAINER}' | sed \"s/NAME/$name/\" >$name.json; done
          pod=$(crictl runp --runtime bulkhead pod.json)
@@ -113,7 +113,7 @@ fn grouping(lab: &Lab, version: &str) -> Result<()> {
 fn live(lab: &Lab) -> Result<()> {
     let before = lab.resources()?;
     let pod = lab.succeed(&format!(
-        "mkdir -p /tmp/pod && cd /tmp/pod
+        "rm -rf /tmp/pod && mkdir -p /tmp/pod && cd /tmp/pod
          echo '{POD}' >pod.json
          for name in one two three; do
              echo '{CONTAINER}' | sed \"s/NAME/$name/\" >$name.json
@@ -177,6 +177,8 @@ fn shared_namespaces(lab: &Lab, pod: &str) -> Result<()> {
         lines[0] == lines[1],
         "net, ipc and uts are not the pod's: {logs}"
     );
+    let named = ["net:[", "ipc:[", "uts:["];
+    ensure!(named.iter().all(|kind| lines[0].contains(kind)), "{logs}");
     ensure!(lines[0].ends_with("podhost"), "hostname: {logs}");
     let set = logs.lines().filter(|line| *line == "sysctls 1 80").count();
     ensure!(set == 2, "the pod's sysctls: {logs}");
@@ -214,7 +216,7 @@ const CONTAINER: &str = r#"{
   "metadata": { "name": "NAME", "attempt": 0 },
   "image": { "image": "docker.io/library/busybox:latest" },
   "command": ["sh", "-c",
-    "echo pid $$; grep MemTotal /proc/meminfo; echo sysctls $(cat /proc/sys/kernel/shm_rmid_forced /proc/sys/net/ipv4/ip_unprivileged_port_start); echo ns $(readlink /proc/self/ns/net /proc/self/ns/ipc /proc/self/ns/uts) $(hostname); exec sleep 1000"],
+    "echo pid $$; grep MemTotal /proc/meminfo; echo sysctls $(cat /proc/sys/kernel/shm_rmid_forced /proc/sys/net/ipv4/ip_unprivileged_port_start); echo ns $(for ns in net ipc uts; do readlink /proc/self/ns/$ns; done) $(hostname); exec sleep 1000"],
   "log_path": "NAME.log",
   "linux": { "security_context": { "namespace_options": { "network": 0, "pid": 1, "ipc": 0 } } }
 }"#;
