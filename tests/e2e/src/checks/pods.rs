@@ -75,7 +75,8 @@ fn shared_files(lab: &Lab) -> Result<()> {
     let before = lab.resources()?;
     let shown = lab.succeed(&format!(
         "rm -rf /tmp/pod && mkdir -p /tmp/pod && cd /tmp/pod
-         echo '{POD}' | sed 's/\"linux\"/\"dns_config\": {{ \"servers\": [\"192.0.2.53\"], \"searches\": [\"e2e.test\"] }}, \"linux\"/' >pod.json
+         echo '{POD}' | sed 's/\"linux\": {{/\"dns_config\": {{ \"servers\": [\"192.0.2.53\"], \"searches\": [\"e2e.test\"] }}, &\
+             \"cgroup_parent\": \"\\/e2e\",/' >pod.json
          for name in one two; do echo '{CONTAINER}' | sed \"s/NAME/$name/\" >$name.json; done
          pod=$(crictl runp --runtime bulkhead pod.json)
          one=$(crictl create $pod one.json pod.json); two=$(crictl create $pod two.json pod.json)
