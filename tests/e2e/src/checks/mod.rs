@@ -20,6 +20,7 @@ pub mod pid_namespaces;
 pub mod pods;
 pub mod shim;
 pub mod streams;
+pub mod tenants;
 pub mod terminals;
 pub mod user_namespaces;
 pub mod volumes;
@@ -44,6 +45,7 @@ pub const ALL: &[&[Check]] = &[
     oci_matrix::CHECKS,
     apparmor::CHECKS,
     jail::CHECKS,
+    tenants::CHECKS,
     failures::CHECKS,
     examples::CHECKS,
     leftovers::CHECKS,

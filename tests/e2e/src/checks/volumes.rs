@@ -10,6 +10,7 @@ pub const CHECKS: &[Check] = &[
     ("volume_of_a_pod_is_one_whoever_has_it", shared),
     ("volume_is_as_on_the_host", as_on_the_host),
     ("volume_follows_the_hosts_mounts", follows_mounts),
+    ("volumes_as_the_kubelet_makes_them", kubelets),
     ("volume_sources_without_meaning_in_a_vm", refused),
     ("image_of_100_layers_runs", many_layers),
     ("volume_whose_server_hangs_holds_up_nobody_else", hanging),
@@ -361,5 +362,63 @@ fn hanging(lab: &Lab) -> Result<()> {
         "{silent:#?}"
     );
     ended?;
+    lab.expect_nothing_left(&before)
+}
+
+/// A `configMap` or `secret` with many entries, swapped as the kubelet's atomic writer
+/// does it (kubernetes, `pkg/volume/util/atomic_writer.go`), an `emptyDir` in memory with
+/// a size, and one on disk.
+const KUBELETS: &str = r#"
+set -e
+rm -rf /tmp/kubelet; mkdir -p /tmp/kubelet/config /tmp/kubelet/memory /tmp/kubelet/disk /tmp/kubelet/logs; cd /tmp/kubelet
+mount -t tmpfs -o size=8m tmpfs memory
+trap 'crictl rmp -fa >/dev/null; cd /; umount /tmp/kubelet/memory; rm -rf /tmp/kubelet' EXIT
+write() { # a name, a number of entries and their content
+    mkdir config/..$1
+    for n in $(seq $2); do echo $3 >config/..$1/entry$n; done
+    ln -s ..$1 config/..data_tmp
+}
+swap() { mv -T config/..data_tmp config/..data; }
+write one COUNT first; swap
+for n in $(seq COUNT); do ln -s ..data/entry$n config/entry$n; done
+echo '{"metadata": {"name": "kubelet", "namespace": "e2e", "uid": "kubelet", "attempt": 0}, "log_directory": "/tmp/kubelet/logs", "linux": {}}' >pod.json
+echo '{"metadata": {"name": "c"}, "image": {"image": "docker.io/library/busybox:latest"}, "command": ["sleep", "1000"], "log_path": "c.log",
+  "mounts": [{"host_path": "/tmp/kubelet/config", "container_path": "/config", "readonly": true},
+    {"host_path": "/tmp/kubelet/config/..data/entry1", "container_path": "/entry", "readonly": true},
+    {"host_path": "/tmp/kubelet/memory", "container_path": "/memory"}, {"host_path": "/tmp/kubelet/disk", "container_path": "/disk"}],
+  "linux": {}}' >c.json
+pod=$(crictl runp --runtime bulkhead pod.json)
+c=$(crictl create $pod c.json pod.json); crictl start $c >/dev/null
+in() { crictl exec $c sh -c "$1"; }
+echo $(in 'cat /config/entry*' | sort | uniq -c)
+in 'echo no >/config/entry1' 2>/dev/null || echo read-only
+# In the guest, without a word of ours: until every entry is the new one.
+crictl exec $c sh -c 'until [ "$(cat /config/entry1)" = second ]; do :; done; cut -d" " -f1 /proc/uptime; cat /config/entry* | sort | uniq -c | xargs' >told &
+watcher=$!
+write two COUNT second
+in 'cut -d" " -f1 /proc/uptime' >swapped; swap
+rm -r config/..one
+wait $watcher
+echo $(sed -n 2p told)
+[ "$(awk 'NR == FNR { at = $1; next } FNR == 1 { print ($1 - at < SECONDS) }' swapped told)" = 1 ] && echo in time || cat swapped told
+# What was mounted by subPath stays what it was.
+in 'cat /entry'
+rm config/entry2; for try in $(seq 100); do in 'test -e /config/entry2' || break; sleep 0.1; done
+in 'ls -a /config | grep -cF ..one; test -e /config/entry2 || echo gone'
+in 'dd if=/dev/zero of=/memory/x bs=1M count=16 2>&1 | grep -o "No space left"; stat -c %s /memory/x'
+in 'echo kept >/disk/x'; cat disk/x
+"#;
+
+fn kubelets(lab: &Lab) -> Result<()> {
+    let before = lab.resources()?;
+    let count = if lab.soak() { 3000 } else { 200 };
+    let script = KUBELETS
+        .replace("COUNT", &count.to_string())
+        .replace("SECONDS", &(2 * lab.node().time_factor()).to_string());
+    let shown = lab.succeed(&script)?;
+    let wanted = format!(
+        "{count} first\nread-only\n{count} second\nin time\nfirst\n0\ngone\nNo space left\n8388608\nkept"
+    );
+    ensure!(shown == wanted, "{shown}");
     lab.expect_nothing_left(&before)
 }
