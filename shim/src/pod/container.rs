@@ -461,7 +461,7 @@ impl Container {
         let before = pod.change_room(self.id(), &resources).await;
         let updated = agent.update(self.id(), linux_resources_json).await;
         match updated {
-            Ok(()) => pod.settle_room(),
+            Ok(()) => pod.settled_room().await,
             Err(_) => pod.restore_room(self.id(), before),
         }
         Ok(pod.explain(updated).await?)

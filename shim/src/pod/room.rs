@@ -22,6 +22,12 @@ use super::{Pod, chain};
 /// How long a container waits for its memory. Usually it takes milliseconds; one
 /// that has less may run all the same.
 const GROW_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long an update that takes memory away waits until the guest has given it: the
+/// kubelet takes it from the pod's cgroup next.
+const SHRINK_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// In which a VM's memory is plugged and unplugged (`vmm_devices::Mem`).
+const UNIT_MIB: u32 = 4;
 
 /// What the containers of a pod are limited to, by their ids.
 #[derive(Debug, Default)]
@@ -142,6 +148,18 @@ impl Pod {
     pub fn settle_room(&self) {
         let pod = self.clone();
         tokio::spawn(async move { pod.resize(Direction::Both).await });
+    }
+
+    /// The same, and waits for a while until it has.
+    pub async fn settled_room(&self) {
+        self.resize(Direction::Both).await;
+        let asked_mib = self.room.asked.lock().await.memory_mib;
+        let mut memory = self.machine().memory_mib();
+        // A unit more at the most: what was asked for was rounded up.
+        let shrunk = memory.wait_for(|now| *now < asked_mib.saturating_add(UNIT_MIB));
+        if timeout(SHRINK_TIMEOUT, shrunk).await.is_err() {
+            debug!(asked_mib, "the guest has not given all of its memory yet");
+        }
     }
 
     async fn resize(&self, direction: Direction) {
