@@ -26,8 +26,8 @@ try() { # a name, and a command that succeeds if the wall has a hole
     if sh -c "$*" >/dev/null 2>&1; then echo "succeeded: $name"; fi
 }
 mkdir -p /mnt/share /mnt/other; mount -t virtiofs share /mnt/share || exit 3
+try 'files of the other in the share' 'find /mnt/share -name secret -o -name host-secret | grep -q .'
 ln -s /run/bulkhead /mnt/share/link; ln -s ../../../../../.. /mnt/share/up
-try 'files of the other in the share' 'grep -rqs PATTERN /mnt/share/'
 try 'files of the host by a link in the share' 'grep -qs PATTERN /mnt/share/link/host-secret /mnt/share/up/host-secret'
 try 'the host above the share' 'ls /mnt/share/.. /mnt/share/../.. | grep -q host-secret'
 for tag in share0 share-1 remote0 remote1 root host /; do
@@ -36,7 +36,7 @@ done
 try 'environment of another process' 'grep -qs PATTERN /proc/[0-9]*/environ'
 try 'a program of the other' 'grep -qs PATTERN /proc/[0-9]*/cmdline'
 try 'the root of another process' 'grep -rqs PATTERN /proc/1/root/secret'
-for device in mem kmem port kvm vhost-vsock vhost-net fuse; do
+for device in mem kmem port kvm vhost-vsock vhost-net; do
     try "the device $device" "[ -e /dev/$device ]"
 done
 mknod /dev/try-mem c 1 1; mknod /dev/try-port c 1 4; mknod /dev/try-disk b 254 0; mknod /dev/try-kvm c 10 232
@@ -73,7 +73,7 @@ END
     let lines: Vec<_> = shown.lines().collect();
     println!("{}", lines.first().copied().unwrap_or_default());
     ensure!(
-        lines == ["tried 31", "panicked", SECRET],
+        lines == ["tried 30", "panicked", SECRET],
         "what succeeded, and what became of the other: {shown}"
     );
     lab.expect_nothing_left(&before)

@@ -389,24 +389,24 @@ echo '{"metadata": {"name": "c"}, "image": {"image": "docker.io/library/busybox:
   "linux": {}}' >c.json
 pod=$(crictl runp --runtime bulkhead pod.json)
 c=$(crictl create $pod c.json pod.json); crictl start $c >/dev/null
-in() { crictl exec $c sh -c "$1"; }
-echo $(in 'cat /config/entry*' | sort | uniq -c)
-in 'echo no >/config/entry1' 2>/dev/null || echo read-only
+guest() { crictl exec $c sh -c "$1"; }
+echo $(guest 'cat /config/entry*' | sort | uniq -c)
+guest 'echo no >/config/entry1' 2>/dev/null || echo read-only
 # In the guest, without a word of ours: until every entry is the new one.
 crictl exec $c sh -c 'until [ "$(cat /config/entry1)" = second ]; do :; done; cut -d" " -f1 /proc/uptime; cat /config/entry* | sort | uniq -c | xargs' >told &
 watcher=$!
 write two COUNT second
-in 'cut -d" " -f1 /proc/uptime' >swapped; swap
+guest 'cut -d" " -f1 /proc/uptime' >swapped; swap
 rm -r config/..one
 wait $watcher
 echo $(sed -n 2p told)
 [ "$(awk 'NR == FNR { at = $1; next } FNR == 1 { print ($1 - at < SECONDS) }' swapped told)" = 1 ] && echo in time || cat swapped told
 # What was mounted by subPath stays what it was.
-in 'cat /entry'
-rm config/entry2; for try in $(seq 100); do in 'test -e /config/entry2' || break; sleep 0.1; done
-in 'ls -a /config | grep -cF ..one; test -e /config/entry2 || echo gone'
-in 'dd if=/dev/zero of=/memory/x bs=1M count=16 2>&1 | grep -o "No space left"; stat -c %s /memory/x'
-in 'echo kept >/disk/x'; cat disk/x
+guest 'cat /entry'
+rm config/entry2; for try in $(seq 100); do guest 'test -e /config/entry2' || break; sleep 0.1; done
+guest 'ls -a /config | grep -cF ..one; test -e /config/entry2 || echo gone'
+guest 'dd if=/dev/zero of=/memory/x bs=1M count=16 2>&1 | grep -o "No space left"; stat -c %s /memory/x'
+guest 'echo kept >/disk/x'; cat disk/x
 "#;
 
 fn kubelets(lab: &Lab) -> Result<()> {
