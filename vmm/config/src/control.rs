@@ -123,7 +123,8 @@ pub enum Event {
         /// Not fewer than before.
         count: u8,
     },
-    /// A resize could not be done, and all is as it was before.
+    /// A resize could not be done. The memory is as it was before; of vCPUs, those that
+    /// were made before the one that failed stay.
     ResizeRefused {
         /// The whole chain of causes, outermost first.
         error: String,
